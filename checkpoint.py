@@ -1,0 +1,150 @@
+"""
+Checkpoint directories: written once, verified when read, the newest valid one wins.
+
+step-00001000/ holds model.safetensors (each parameter once), optim.safetensors (keys `<parameter name>/<state key>`),
+state.json (step, configs, versions) and, written last, manifest.json with size and sha256 of the others.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from files import fsync, sha256
+from model import GPT, GPTConfig
+from rundir import BadOption, NoValidCheckpoint
+
+FILES = ("model.safetensors", "optim.safetensors", "state.json")
+
+
+# -----------------------------------------------------------------------------
+# write
+
+
+def save(run_directory: Path, step: int, model: torch.nn.Module, optimizer, state: dict, keep_last: int) -> Path:
+    """
+    Writes step-<step> so that it appears whole or not at all, then removes all but the newest `keep_last`.
+    state: JSON values, what is needed beyond weights and optimizer state. Raises OSError if it cannot be written; no
+    older checkpoint is touched before the new one is complete on disk.
+    """
+    names = {weight: name for name, weight in model.named_parameters()}
+    temporary = run_directory / f".saving-{directory_name(step)}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        save_file({name: weight.detach() for weight, name in names.items()}, temporary / "model.safetensors")
+        moments = {
+            f"{names[weight]}/{key}": value
+            for weight, values in optimizer.state.items()
+            for key, value in values.items()
+        }
+        save_file(moments, temporary / "optim.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        manifest = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
+                    for name in FILES}  # fmt: skip
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in [*temporary.iterdir(), temporary]:
+            fsync(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+    target = run_directory / directory_name(step)
+    if target.exists():  # it was found invalid, or this run would have resumed from it
+        shutil.rmtree(run_directory / f"invalid-{target.name}", ignore_errors=True)
+        target.rename(run_directory / f"invalid-{target.name}")
+    temporary.rename(target)
+    fsync(run_directory)
+    for old in list_checkpoints(run_directory)[keep_last:]:
+        shutil.rmtree(old)
+    return target
+
+
+def directory_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+# -----------------------------------------------------------------------------
+# read
+
+
+def list_checkpoints(run_directory: Path) -> list[Path]:
+    """All step-* directories, newest first, valid or not."""
+    return sorted((path for path in run_directory.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """Why this checkpoint cannot be trusted, or None."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name in FILES:
+            size = (checkpoint / name).stat().st_size
+            if size != manifest[name]["bytes"]:
+                return f"{name} has {size} bytes instead of {manifest[name]['bytes']}"
+            if sha256(checkpoint / name) != manifest[name]["sha256"]:
+                return f"{name} does not have the sha256 of the manifest"
+        if directory_name(read_state(checkpoint)["step"]) != checkpoint.name:
+            return "state.json is of another step"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"manifest.json or state.json is damaged ({type(error).__name__}: {error})"
+    return None
+
+
+def newest_valid(run_directory: Path, say=print) -> Path | None:
+    """The newest checkpoint whose manifest verifies; None if there is none at all. Says what it skips."""
+    faults = []
+    for checkpoint in list_checkpoints(run_directory):
+        fault = find_fault(checkpoint)
+        if fault is None:
+            return checkpoint
+        faults.append(f"{checkpoint.name}: {fault}")
+        say(f"skipping {checkpoint}: {fault}")
+    if faults:
+        raise NoValidCheckpoint(f"no valid checkpoint in {run_directory} ({'; '.join(faults)})")
+    return None
+
+
+def find(run: str, out_dir: str = "runs") -> Path:
+    """The newest valid checkpoint of a run, given by its name under out_dir or by the path of its directory."""
+    for run_directory in (Path(out_dir) / run, Path(run)):
+        if run_directory.is_dir() and (checkpoint := newest_valid(run_directory)) is not None:
+            return checkpoint
+    known = sorted({path.parent.name for path in Path(out_dir).glob("*/step-*")})
+    raise BadOption(f"no run {run!r} with a checkpoint. In {out_dir}: {', '.join(known) or 'none'}")
+
+
+def read_state(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "state.json").read_text())
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module):
+    """Into the model, on whatever device it is."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    weights = dict(model.named_parameters())
+    if {name: value.shape for name, value in tensors.items()} != {name: w.shape for name, w in weights.items()}:
+        raise BadOption(f"{checkpoint} holds the weights of another model")
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(tensors[name])
+
+
+def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer):
+    weights = dict(model.named_parameters())
+    for key, value in load_file(checkpoint / "optim.safetensors").items():
+        name, state_key = key.rsplit("/", 1)
+        optimizer.state[weights[name]][state_key] = value.to(weights[name].device)
+
+
+def load_model(checkpoint: Path, device="cpu", window_backend: str | None = None) -> GPT:
+    """The model of a checkpoint directory, which alone is enough: state.json holds its config."""
+    try:
+        config = GPTConfig(**read_state(checkpoint)["model_config"])
+    except TypeError as error:
+        raise NoValidCheckpoint(f"{checkpoint / 'state.json'} was written by another version ({error})") from error
+    model = GPT(config, window_backend).to(device)
+    load_weights(checkpoint, model)
+    return model

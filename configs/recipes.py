@@ -1,0 +1,160 @@
+"""How to train: every option of train_gpt2.py, and the recipes, which are named sets of values for them."""
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a run. What a model computes is in GPTConfig; its fields are options too."""
+
+    # what to train, on what, and where the result goes
+    model: str = "d12"
+    """variant, see --list"""
+    recipe: str = "default"
+    """default, cpu, fineweb124M or short700: sets the defaults of what follows (without a GPU: cpu)"""
+    data: str = "shakespeare"
+    """a folder under data/, or the path of a folder, that holds train and val shards"""
+    out_dir: str = "runs"
+    """where run directories go"""
+    run_name: str | None = None
+    """directory of the run; None: the model's name and what differs from the recipe"""
+    seed: int = 0
+    """of the initial weights and of the order of the data"""
+
+    # how much
+    batch_size: int | None = None
+    """sequences per process and micro-step; None: the largest of 64, 32, 16, ... that divides the step and fits"""
+    sequence_length: int = 1024
+    """tokens in a sequence"""
+    total_batch_tokens: int = 65_536
+    """tokens per optimizer step over all processes; gradient accumulation follows from it"""
+    max_steps: int = 200
+    """optimizer steps of the whole schedule"""
+    stop_after: int | None = None
+    """leave early, after this step; the schedule does not change and the same line continues"""
+
+    # optimizer
+    optimizer: Literal["adamw"] = "adamw"
+    learning_rate: float = 1e-3
+    """peak, reached after the warm-up"""
+    final_lr_fraction: float = 0.0
+    """learning rate at the end of the schedule as a fraction of the peak"""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """decay after the warm-up"""
+    warmup_steps: int = 20
+    """steps over which the learning rate rises linearly"""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    """on all matrices, the embedding included (AdamW, arXiv 1711.05101)"""
+    grad_clip: float = 1.0
+    """largest norm of the whole gradient; 0 = no limit"""
+
+    # evaluation and checkpoints
+    val_every: int = 25
+    """steps between evaluations, and one after the last; 0 = never"""
+    val_tokens: int = 1_048_576
+    """validation targets, the first in file order"""
+    save_every: int = 100
+    """steps between checkpoints, and one at the end and when stopped; 0 = never"""
+    keep_last: int = 2
+    """checkpoints that stay, at least 2"""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest valid checkpoint of the run; never: refuse a run that has one"""
+    init_from: str | None = None
+    """start from the weights of another run (name under out_dir, or path) with a new schedule"""
+    verify_data: bool = False
+    """hash all shards again before the first step"""
+
+    # execution: none of these changes what is computed, beyond rounding
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the matrix products; weights stay float32. auto: bfloat16 on GPUs that have it"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on CUDA"""
+    window_backend: str | None = None
+    """kernel of the sliding window: flex or blocked; None: flex on CUDA, blocked elsewhere"""
+    wandb: bool = False
+    """mirror the metrics to Weights & Biases (pip install wandb); offline without a key"""
+
+    def __post_init__(self):
+        minimum = {
+            "seed": 0, "batch_size": 1, "sequence_length": 1, "total_batch_tokens": 1, "max_steps": 1, "stop_after": 1,
+            "warmup_steps": 0, "val_every": 0, "val_tokens": 1, "save_every": 0, "keep_last": 2,
+        }  # fmt: skip
+        for name, least in minimum.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        limits = {
+            "learning_rate": (0, 10), "final_lr_fraction": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),
+            "weight_decay": (0, 10), "grad_clip": (0, 1e9),
+        }  # fmt: skip
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise ValueError(f"{name}={value} must lie between {low} and {high}")
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}")
+        if self.total_batch_tokens % self.sequence_length:
+            raise ValueError(
+                f"total_batch_tokens={self.total_batch_tokens} is not a multiple of "
+                f"sequence_length={self.sequence_length}"
+            )
+        if self.val_every and self.val_tokens < self.sequence_length:
+            raise ValueError(f"val_tokens={self.val_tokens} is less than sequence_length={self.sequence_length}")
+        if self.run_name is not None and (self.run_name in ("", ".", "..") or "/" in self.run_name):
+            raise ValueError(f"run_name={self.run_name!r} must be the name of one directory")
+
+
+# options on which the trained weights depend; the others move rounding at most, or only what is recorded
+RESULT_FIELDS = (
+    "recipe", "data", "seed", "sequence_length", "total_batch_tokens", "max_steps", "optimizer", "learning_rate",
+    "final_lr_fraction", "schedule", "warmup_steps", "beta1", "beta2", "weight_decay", "grad_clip", "init_from",
+    "dtype",
+)  # fmt: skip
+
+_default = TrainConfig(data="shakespeare", max_steps=200, val_tokens=65_536)
+
+RECIPES = {
+    # one GPU, two minutes: stops where the validation loss on Shakespeare is lowest
+    "default": _default,
+    # the same model without a GPU, three minutes on 2 cores
+    "cpu": replace(_default, recipe="cpu", total_batch_tokens=1024, max_steps=20, warmup_steps=5, val_every=10,
+                   val_tokens=4096),
+    # llm.c's GPT-2 124M: 10 billion tokens of FineWeb
+    "fineweb124M": TrainConfig(
+        recipe="fineweb124M", data="fineweb10B", total_batch_tokens=524_288, max_steps=19_073, learning_rate=6e-4,
+        warmup_steps=700, val_every=250, val_tokens=10_485_760, save_every=1000,
+    ),
+    # short comparisons on any text: 46 million tokens
+    "short700": TrainConfig(recipe="short700", max_steps=700, learning_rate=1.5e-3, warmup_steps=70, val_every=100),
+}  # fmt: skip
+
+
+def recipe(name: str) -> TrainConfig:
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}. Known: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def result_settings(config: TrainConfig, gpt_config) -> dict:
+    """What the result depends on, apart from the tokens. A run goes on only with the same values."""
+    chosen = {name: getattr(config, name) for name in RESULT_FIELDS if name not in ("recipe", "data")}
+    return chosen | asdict(gpt_config)
+
+
+def run_name(config: TrainConfig, model_name: str) -> str:
+    """The model's name, then `-field=value` for each option that changes the result and differs from the recipe."""
+    if config.run_name is not None:
+        return config.run_name
+    usual = replace(recipe(config.recipe), recipe="default")
+    name = model_name
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in RESULT_FIELDS and value != getattr(usual, field.name):
+            name += f"-{field.name}={Path(value).name if field.name in ('data', 'init_from') else value}"
+    return name

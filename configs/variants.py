@@ -1,0 +1,66 @@
+"""The model variants by name. A name is computed from the flags of its config, never the other way round."""
+
+import difflib
+from dataclasses import fields, replace
+
+from model import GPTConfig
+
+# n_layer, n_head, n_embd: GPT-2 small, medium, large and XL, and one for tests and CPUs
+SIZES = {"d12": (12, 12, 768), "d24": (24, 16, 1024), "d36": (36, 20, 1280), "d48": (48, 25, 1600), "tiny": (2, 2, 64)}
+
+
+def size(name: str) -> GPTConfig:
+    """The pre-norm model of this size without any flag."""
+    n_layer, n_head, n_embd = SIZES[name]
+    return GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+
+
+def model_name(config: GPTConfig) -> str:
+    """The one name of a config: size, then each flag that is set, then `-field=value` for any other field."""
+    body = (config.n_layer, config.n_head, config.n_embd)
+    known = {shape: name for name, shape in SIZES.items()}
+    name = known.get(body) or "d{}_{}heads_{}wide".format(*body)
+    if config.post_norm:
+        name += "_post_norm" if config.pre_norm else "_olmo2_norm"
+    if config.qk_norm:
+        name += "_qk_norm"
+    if config.window_size is not None:
+        name += f"_window{config.window_size}"
+    if config.window_pattern != "S":
+        name += f"_{config.window_pattern}"
+    in_name = {"n_layer", "n_head", "n_embd", "pre_norm", "post_norm", "qk_norm", "window_size", "window_pattern"}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in in_name and value != field.default:
+            name += f"-{field.name}={value}"
+    return name
+
+
+def variants() -> dict[str, GPTConfig]:
+    configs = []
+    for body in ("d12", "d24", "d36", "d48"):
+        for post_norm in (False, True):
+            for qk_norm in (False, True):
+                configs.append(replace(size(body), post_norm=post_norm, qk_norm=qk_norm))
+    d12, hybrid = size("d12"), replace(size("d12"), post_norm=True, qk_norm=True)
+    configs += [
+        replace(d12, pre_norm=False, post_norm=True, qk_norm=True),
+        replace(d12, window_size=256),
+        replace(hybrid, window_size=256),
+        replace(hybrid, window_size=1024),
+        replace(hybrid, window_size=256, window_pattern="SSSL"),
+        size("tiny"),
+        replace(size("tiny"), post_norm=True, qk_norm=True, window_size=32),
+    ]
+    return {model_name(config): config for config in configs}
+
+
+VARIANTS = variants()
+
+
+def variant(name: str) -> GPTConfig:
+    """The config of this exact name; ValueError with the known names and the nearest one otherwise."""
+    if name not in VARIANTS:
+        nearest = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown model {name!r}, did you mean {nearest}? Known: {', '.join(VARIANTS)}")
+    return VARIANTS[name]

@@ -1,0 +1,114 @@
+"""What the machine offers: the device, its precision, its peak rate, and which attention kernel really ran."""
+
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# Dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets; the longest name that fits counts.
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12, "H200": 989.4e12, "H100": 989.4e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H800": 989.4e12,
+    "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12,
+    "L40": 181e12, "L4": 121e12, "RTX A6000": 154.8e12, "RTX 6000 Ada": 364.2e12, "RTX 5090": 209.5e12,
+    "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
+}  # fmt: skip
+
+
+def select_device(name: str = "auto") -> torch.device:
+    """
+    auto is CUDA, MPS or CPU, whichever comes first. Under torchrun each process gets the GPU of its LOCAL_RANK.
+    ValueError with torch's reason if a device is asked for, or an NVIDIA device is there, and torch cannot use it.
+    """
+    if name == "cpu" or (name == "auto" and not nvidia_device_present() and not torch.backends.mps.is_available()):
+        return torch.device("cpu")
+    if name == "mps" or (name == "auto" and not nvidia_device_present()):
+        if not torch.backends.mps.is_available():
+            raise ValueError("device=mps: torch sees no MPS device")
+        return torch.device("mps")
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = f"torch {torch.__version__} cannot use the NVIDIA device: {str(error).splitlines()[0]}"
+        raise ValueError(f"{reason}. To go on without it: --device cpu") from error
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}")
+    return torch.device("cuda", local_rank)
+
+
+def nvidia_device_present() -> bool:
+    """Whether the machine has an NVIDIA GPU that is not hidden by CUDA_VISIBLE_DEVICES."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return torch.cuda.is_available() or (Path("/proc/driver/nvidia/version").exists() and not hidden)
+
+
+def matmul_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
+    """auto is bfloat16 on GPUs that compute it, float32 elsewhere."""
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, name)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of the device with this name; None if it is not in the table or only a slice of one."""
+    known = [key for key in PEAK_BF16_FLOPS if key in name]
+    return PEAK_BF16_FLOPS[max(known, key=len)] if known and "MIG" not in name else None
+
+
+def peak_mib(device: torch.device) -> float | None:
+    """Highest memory allocated by torch since the last reset, in MiB; None where torch does not count it."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def reset_peak(device: torch.device):
+    """Starts the measuring of `peak_mib` anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def total_mib(device: torch.device) -> float:
+    """Memory of the GPU, or of the machine where there is none, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**20
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
+
+
+def synchronize(device: torch.device):
+    """Waits until the device has done everything that was asked of it."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+ATTENTION_KERNELS = {
+    "sdpa": "cuDNN", "flash": "FlashAttention", "fmha_cutlass": "memory-efficient", "flex_attention": "flex_attention",
+    "flash_attention_for_cpu": "fused SDPA for CPU", "attention_math": "SDPA without a fused kernel",
+}  # fmt: skip
+
+
+def attention_kernels(step: Callable[[], object], device: torch.device) -> str:
+    """Runs `step` under torch's profiler and names the attention kernels that it used."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch 2.13 prints two lines per profile
+    on_cuda = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        step()
+        synchronize(device)
+    found = set()
+    for event in profile.key_averages():
+        fitting = [part for part in ATTENTION_KERNELS if part in event.key]
+        if fitting and event.key != "aten::scaled_dot_product_attention":
+            found.add(ATTENTION_KERNELS[max(fitting, key=len)])
+    return ", ".join(sorted(found)) or "no fused kernel"
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a figure depends on: hardware and software, by name."""
+    return {"device": device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda or "",
+            "python": platform.python_version()}  # fmt: skip

@@ -1,0 +1,308 @@
+"""
+GPT-2 with rotary embedding, RMSNorm and tied head, and the variants that this project compares.
+
+Shapes: B batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size, W = window_size.
+
+To try a new attention: add a field to GPTConfig, a subclass of CausalSelfAttention with its own `attend`,
+a line in `attention_class`, and a line in configs/variants.py. The tests pick it up from there.
+
+GPT-2: Radford et al. 2019. Rotary embedding: arXiv 2104.09864. RMSNorm: arXiv 1910.07467.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """What a model computes. Two equal configs with equal weights give equal outputs."""
+
+    n_layer: int = 12
+    """number of blocks"""
+    n_head: int = 12
+    """attention heads in a block; must divide n_embd into heads of even size"""
+    n_embd: int = 768
+    """width C of the residual stream"""
+    vocab_size: int = 50304
+    """rows of the embedding; GPT-2 has 50257 tokens, the rest is padding that makes the matrix product faster"""
+    pre_norm: bool = True
+    """x + f(norm(x)), as in GPT-2; off together with post_norm is OLMo 2's order, x + norm(f(x)) (arXiv 2501.00656)"""
+    post_norm: bool = False
+    """x + norm(f(norm(x))), norm on both sides of attention and MLP (Peri-LN, arXiv 2502.02732)"""
+    qk_norm: bool = False
+    """RMSNorm on each head's q and k, before the rotary embedding (arXiv 2302.05442)"""
+    window_size: int | None = None
+    """W: a query sees W keys, its own included (q_idx - kv_idx < W); None is full causal attention"""
+    window_pattern: str = "S"
+    """layers in turn, S with window and L with full attention, repeated over the depth; needs window_size"""
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        if self.head_dim % 2:
+            raise ValueError(f"n_embd / n_head = {self.head_dim} must be even: the rotary embedding turns pairs")
+        if not (self.pre_norm or self.post_norm):
+            raise ValueError("pre_norm and post_norm are both off: a block needs at least one of them")
+        if self.window_size is not None and self.window_size < 1:
+            raise ValueError(f"window_size={self.window_size} must be at least 1: a query sees its own key")
+        if self.window_pattern != "S":
+            if self.window_size is None:
+                raise ValueError(f"window_pattern={self.window_pattern!r} needs window_size")
+            if set(self.window_pattern) - {"S", "L"} or "S" not in self.window_pattern:
+                raise ValueError(f"window_pattern={self.window_pattern!r} must consist of S and L, with at least one S")
+            if len(self.window_pattern) > self.n_layer:
+                raise ValueError(f"window_pattern={self.window_pattern!r} is longer than n_layer={self.n_layer}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    def layer_window(self, layer: int) -> int | None:
+        """Window size of this layer, None for full attention."""
+        return self.window_size if self.window_pattern[layer % len(self.window_pattern)] == "S" else None
+
+
+# -----------------------------------------------------------------------------
+# parts
+
+
+def norm(x):
+    """RMSNorm without weight over the last dimension; same shape and dtype (autocast alone would return float32)."""
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6).type_as(x)
+
+
+def rotary_tables(T, head_dim, device):
+    """cos and sin of position * frequency, float32, each (T, D / 2); base 10,000."""
+    frequency = 10_000 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def apply_rotary(x, cos, sin):
+    """Turns the pairs (x1[i], x2[i]), the two halves of each head, by their position's angle. x: (B, T, H, D)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]  # (T, 1, D / 2), over all heads
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Projection, norm, rotary embedding, attention, output. A variant overrides `attend`."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.head_dim, self.qk_norm = config.n_head, config.head_dim, config.qk_norm
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: q, k, v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def attend(self, q, k, v):
+        """softmax(q k^T / sqrt(D)) v over the keys that each query sees; q, k, v and the result are (B, H, T, D)."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.n_head, self.head_dim) for part in self.c_attn(x).split(C, dim=2))
+        if self.qk_norm:
+            q, k = norm(q), norm(k)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, T, H, D) -> (B, H, T, D)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
+
+
+class SlidingWindowAttention(CausalSelfAttention):
+    """Each query sees the last W keys, its own included. Two kernels compute it; GPT's `window_backend` chooses."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.window_size = config.window_size
+        self.window_backend, self.block_mask = None, None  # execution only: set by GPT
+
+    def backend(self, device: torch.device) -> str:
+        """The kernel that serves on this device; raises where the one asked for cannot."""
+        backend = self.window_backend or ("flex" if device.type == "cuda" else "blocked")
+        if backend == "flex" and device.type != "cuda":
+            raise ValueError(f"window_backend='flex' serves CUDA only (no backward on {device.type}): use 'blocked'")
+        return backend
+
+    def attend(self, q, k, v):
+        if self.backend(q.device) == "flex":
+            return compiled_flex_attention()(q, k, v, block_mask=self.block_mask)
+        return blocked_window_attention(q, k, v, self.window_size)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+def attention_class(config: GPTConfig, layer: int):
+    """The one place where flags choose an attention."""
+    return CausalSelfAttention if config.layer_window(layer) is None else SlidingWindowAttention
+
+
+class Block(nn.Module):
+    """x + post(attn(pre(x))), then the same with the MLP; pre and post are RMSNorm or identity."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = attention_class(config, layer)(config)
+        self.mlp = MLP(config)
+        self.pre = norm if config.pre_norm else nn.Identity()
+        self.post = norm if config.post_norm else nn.Identity()
+
+    def forward(self, x, cos, sin):
+        x = x + self.post(self.attn(self.pre(x), cos, sin))
+        return x + self.post(self.mlp(self.pre(x)))
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+
+class GPT(nn.Module):
+    """
+    config: what it computes. window_backend: which kernel computes a window, None is flex on CUDA and blocked
+    elsewhere; both give the same function. seed: of the initial weights, drawn from a generator of their own.
+    """
+
+    def __init__(self, config: GPTConfig, window_backend: str | None = None, seed: int = 0):
+        super().__init__()
+        if window_backend not in (None, *WINDOW_BACKENDS):
+            raise ValueError(f"window_backend={window_backend!r} must be one of {', '.join(WINDOW_BACKENDS)}")
+        self.config = config
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+        })
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        for attention in self.windowed_attentions():
+            attention.window_backend = window_backend
+        self.init_weights(seed)
+
+    def init_weights(self, seed: int):
+        """Normal with deviation 0.02, divided by sqrt(2 n_layer) for what adds to the residual stream (GPT-2, 2.3)."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for name, weight in self.named_parameters():
+            residual = name.endswith("c_proj.weight")
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+            nn.init.normal_(weight, std=std, generator=generator)
+
+    def windowed_attentions(self) -> list[SlidingWindowAttention]:
+        return [block.attn for block in self.transformer.h if isinstance(block.attn, SlidingWindowAttention)]
+
+    def num_params(self) -> int:
+        """Parameters, the tied embedding and head counted once."""
+        return sum(weight.numel() for weight in self.parameters())
+
+    def flops_per_token(self, T: int) -> int:
+        """
+        Floating-point operations of forward and backward per token at sequence length T: 6 N for the products with
+        weights plus, per layer, 12 H D min(W, T) for attention. Full attention counts the whole square, as nanoGPT
+        does (PaLM, arXiv 2204.02311, appendix B).
+        """
+        windows = [self.config.layer_window(layer) or T for layer in range(self.config.n_layer)]
+        return 6 * self.num_params() + sum(12 * self.config.n_embd * min(window, T) for window in windows)
+
+    def compile(self, **options):
+        """torch.compile of everything but the building of block masks, which has to happen once, outside the graph."""
+        self.run = torch.compile(self.run, **options)
+
+    def forward(self, idx, targets=None):
+        """
+        idx, targets: (B, T) int64. Without targets returns (logits (B, T, V), None); with targets (None, loss), the
+        mean cross-entropy in nats over the targets that are not -1.
+        """
+        for attention in self.windowed_attentions():
+            if attention.backend(idx.device) == "flex":
+                attention.block_mask = window_block_mask(idx.size(1), attention.window_size, idx.device)
+        return self.run(idx, targets)
+
+    def run(self, idx, targets):
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):  # else autocast keeps the residual stream in float32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        cos, sin = rotary_tables(idx.size(1), self.config.head_dim, x.device)
+        for block in self.transformer.h:
+            x = block(x, cos, sin)
+        logits = self.lm_head(norm(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1), ignore_index=-1)
+
+
+# -----------------------------------------------------------------------------
+# kernels for a causal window
+
+WINDOW_BACKENDS = ("flex", "blocked")
+
+
+@functools.cache
+def compiled_flex_attention():
+    """flex_attention is fused only when compiled; fullgraph turns a fall-back to the unfused form into an error."""
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+@functools.lru_cache(maxsize=32)
+def window_block_mask(T: int, window_size: int, device: torch.device) -> BlockMask:
+    """
+    Which blocks of 128 queries and 128 keys flex_attention computes, in closed form: no T x T step, unlike
+    `create_block_mask`. One mask per shape is shared by all layers and steps.
+    """
+    block_size = 128
+    index = torch.arange(-(-T // block_size), device=device)
+    distance = (index[:, None] - index[None, :]) * block_size  # q_idx - kv_idx between the blocks' first elements
+    visible = (distance >= 0) & (distance - block_size + 1 < window_size)  # at least one pair is visible
+    full = (distance > 0) & (distance + block_size - 1 < window_size)  # every pair is
+
+    def blocks(chosen):  # count (1, 1, rows) and, first in each row, the indices (1, 1, rows, columns) of chosen blocks
+        order = chosen.int().argsort(dim=1, descending=True, stable=True)
+        return chosen.sum(dim=1).int()[None, None], order.int()[None, None]
+
+    def visible_pair(b, h, q_idx, kv_idx):
+        return (q_idx >= kv_idx) & (q_idx - kv_idx < window_size)
+
+    return BlockMask.from_kv_blocks(*blocks(visible & ~full), *blocks(full), BLOCK_SIZE=block_size,
+                                    mask_mod=visible_pair, seq_lengths=(T, T))
+
+
+def blocked_window_attention(q, k, v, window_size: int):
+    """
+    Exact causal window out of scaled_dot_product_attention, linear in T, with gradients on every device.
+    Queries go in blocks of W; each block sees its own and the previous block of keys. q, k, v: (B, H, T, D).
+    """
+    B, H, T, D = q.shape
+    W = window_size
+    first = F.scaled_dot_product_attention(q[:, :, :W], k[:, :, :W], v[:, :, :W], is_causal=True)
+    if T <= W:
+        return first
+    n_block = -(-T // W) - 1  # blocks after the first; what pads the last one lies in the future of every real query
+    q, k, v = (F.pad(x, (0, 0, 0, (n_block + 1) * W - T)) for x in (q, k, v))
+
+    def pairs(x):  # (B, H, (n_block + 1) W, D) -> (B, n_block, H, 2 W, D): each block of keys behind its predecessor
+        x = x.view(B, H, n_block + 1, W, D)
+        return torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3).transpose(1, 2)
+
+    q = q[:, :, W:].view(B, H, n_block, W, D).transpose(1, 2)  # (B, n_block, H, W, D)
+    q_idx, kv_idx = torch.arange(W, 2 * W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
+    mask = (q_idx >= kv_idx) & (q_idx - kv_idx < W)  # (W, 2 W)
+    q, k, v = (x.reshape(B * n_block, H, -1, D) for x in (q, pairs(k), pairs(v)))  # 4-D keeps the fused kernels
+    rest = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B n_block, H, W, D)
+    rest = rest.view(B, n_block, H, W, D).transpose(1, 2).reshape(B, H, n_block * W, D)
+    return torch.cat((first, rest[:, :, : T - W]), dim=2)

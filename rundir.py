@@ -1,0 +1,191 @@
+"""
+One run's directory: its lock, config, metrics and status, and the signals that end a run in good order.
+
+runs/<run_name>/ holds config.json, source.diff (git commit and changes), metrics.jsonl (one line per update),
+status.json (reason, step and exit code of the last end), and the checkpoints step-*/.
+"""
+
+import fcntl
+import json
+import math
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+from files import write_json
+
+DONE, BAD_OPTION, IN_USE, NO_VALID_CHECKPOINT, CANNOT_WRITE, NOT_FINITE, BAD_DATA, STOPPED, INTERRUPTED = (
+    0, 2, 3, 4, 5, 6, 7, 75, 130)  # fmt: skip
+
+
+# Each carries its exit code; the message is the one line that the user reads.
+
+
+class BadOption(ValueError):
+    exit_code = BAD_OPTION
+
+
+class RunDirInUse(Exception):
+    exit_code = IN_USE
+
+
+class NoValidCheckpoint(Exception):
+    exit_code = NO_VALID_CHECKPOINT
+
+
+class CannotWrite(Exception):
+    exit_code = CANNOT_WRITE
+
+
+class NotFinite(Exception):
+    exit_code = NOT_FINITE
+
+
+def check_writable(path: Path):
+    """Raises CannotWrite unless `path`, or the directory in which it would be made, can be written to."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise CannotWrite(f"{existing} is not a directory: choose another --out_dir")
+    if not os.access(existing, os.W_OK):
+        raise CannotWrite(f"{existing} is not writable: choose another --out_dir")
+
+
+@contextmanager
+def writing(path: Path):
+    """Turns an OSError into CannotWrite."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(f"cannot write to {path}: {error.strerror or error}") from error
+
+
+class RunDir:
+    """The directory of a run; nothing is touched before `open`, and one process at a time holds it open."""
+
+    def __init__(self, path: Path):
+        self.path, self.is_open, self.step = path, False, 0
+
+    def open(self):
+        """Raises RunDirInUse or CannotWrite. The lock belongs to the process: it is free however the process ends."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "a")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunDirInUse(f"{self.path} is in use by another process") from error
+        self.is_open = True
+
+    def write_config(self, config: dict):
+        """config.json, and in source.diff the git commit and what differs from it, if the code is a git checkout."""
+        with writing(self.path):
+            write_json(self.path / "config.json", config)
+            (self.path / "source.diff").write_text(git("rev-parse", "HEAD") + git("diff", "HEAD"))
+
+    def open_metrics(self, step: int) -> float:
+        """Cuts metrics.jsonl back to the first `step` updates. Returns the training time in seconds up to there."""
+        path = self.path / "metrics.jsonl"
+        with writing(path):
+            lines = path.read_text().splitlines()[:step] if path.exists() else []
+            path.write_text("".join(line + "\n" for line in lines))
+            self.metrics, self.step = open(path, "a"), step
+        return json.loads(lines[-1])["time_s"] if lines else 0.0
+
+    def log(self, row: dict):
+        """One line of metrics.jsonl; what is not finite becomes null."""
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in row.items()}  # fmt: skip
+        with writing(self.path):
+            self.metrics.write(json.dumps(finite) + "\n")
+            self.metrics.flush()
+        self.step = row["step"]
+
+    def close(self, reason: str, code: int):
+        """status.json: how it ended. Does nothing if the directory was never open."""
+        if self.is_open:
+            with writing(self.path):
+                write_json(self.path / "status.json", {"reason": reason, "step": self.step, "code": code})
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object; {} if the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def progress(row: dict) -> str:
+    """A row of metrics.jsonl for the end of the progress bar."""
+    mfu = f"{row['mfu']:.1%} MFU" if row["mfu"] else "MFU unknown"
+    memory = f", {row['peak_mib']:,.0f} MiB" if row["peak_mib"] else ""
+    return (f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, grad norm {row['grad_norm']:.2f}, {row['step_ms']:,.0f} ms, "
+            f"{row['tokens_per_s']:,.0f} tokens/s, {mfu}{memory}")  # fmt: skip
+
+
+def git(*arguments: str) -> str:
+    """What git prints about the code; "" if the code is not a git checkout."""
+    root = Path(__file__).parent
+    try:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+class StopSignal:
+    """
+    `received` is the name of the first SIGINT or SIGTERM, or None. A second Ctrl-C ends the process at once; under
+    torchrun it does not, since each process gets the terminal's signal and torchrun's own.
+    """
+
+    def __init__(self, distributed: bool):
+        self.received, self.distributed = None, distributed
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.received is None:
+            self.received = signal.Signals(number).name
+            print(f"\n{self.received}: stopping after this step", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT and not self.distributed:
+            os._exit(INTERRUPTED)
+
+
+class WandbMirror:
+    """
+    Sends metrics to Weights & Biases from a thread of its own. Whatever goes wrong there, or however slow it is, is
+    one printed line at most, and the run goes on: rows that wait are dropped when 10,000 do, and `close` waits 10 s.
+    """
+
+    def __init__(self, **init_options):
+        self.rows = queue.Queue(maxsize=10_000)
+        self.thread = threading.Thread(target=self.send, args=(init_options,), daemon=True)
+        self.thread.start()
+
+    def send(self, init_options):
+        try:
+            import wandb
+
+            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
+            run = wandb.init(mode=mode, settings={"console": "off"}, **init_options)
+            while (row := self.rows.get()) is not None:
+                run.log(row, step=row["step"])
+            run.finish()
+        except BaseException as error:
+            print(f"wandb: {type(error).__name__}: {error}; training goes on without it", file=sys.stderr)
+
+    def log(self, row: dict):
+        if not self.rows.full():
+            self.rows.put_nowait(row)
+
+    def close(self):
+        self.log(None)
+        self.thread.join(timeout=10)
+        if self.thread.is_alive():
+            print("wandb: not finished after 10 s, left behind", file=sys.stderr)

@@ -1,0 +1,362 @@
+"""
+Train a GPT-2 variant.
+
+    python train_gpt2.py --model d12_post_norm_qk_norm
+    torchrun --standalone --nproc_per_node 8 train_gpt2.py --model d12 --recipe fineweb124M
+
+Any field of TrainConfig (configs/recipes.py) and GPTConfig (model.py) is an option. An option beats the recipe, a
+recipe beats the default.
+
+Exit codes: 0 done, 2 bad option or config or data changed since the run began, 3 run directory in use, 4 checkpoints
+present but none valid, 5 cannot write, 6 loss or gradient not finite, 7 missing, empty or invalid data, 75 stopped by
+a signal and resumable, 130 second Ctrl-C.
+"""
+
+import math
+import os
+import sys
+import time
+import traceback
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import data.shakespeare
+import machine
+import rundir
+from configs.recipes import TrainConfig, recipe, result_settings, run_name
+from configs.variants import VARIANTS, model_name, variant
+from data.loader import Windows, micro_batch, train_order, val_batches
+from data.shards import Dataset, open_dataset
+from data.tokenizer import token_bytes
+from memory import predict_training_mib
+from model import GPT, GPTConfig
+from optim import learning_rate, make_optimizer
+
+# torchrun sets these; without it there is one process
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# -----------------------------------------------------------------------------
+# options
+
+
+@dataclass(frozen=True)
+class Options:
+    train: TrainConfig
+    gpt: GPTConfig
+    list: bool = False
+    """print the variants with their numbers of parameters, and stop"""
+    dry_run: bool = False
+    """print the plan of the run, and stop"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What sets the defaults of everything else."""
+
+    model: str = TrainConfig.model
+    recipe: str | None = None
+    device: str = TrainConfig.device
+
+
+def parse_options(arguments: list[str] | None) -> tuple[Options, torch.device]:
+    """Two passes: the model and the recipe are read first and choose the defaults. ValueError for a bad value."""
+    style = {"use_underscores": True, "config": (tyro.conf.OmitArgPrefixes,)}
+    choice, _ = tyro.cli(Choice, args=arguments, return_unknown_args=True, add_help=False, **style)
+    device = machine.select_device(choice.device)
+    defaults = recipe(choice.recipe or ("default" if device.type == "cuda" else "cpu"))
+    defaults = Options(replace(defaults, model=choice.model, device=choice.device), variant(choice.model))
+    return tyro.cli(Options, args=arguments, default=defaults, description=__doc__, **style), device
+
+
+def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tuple[int, int]:
+    """Sequences per process and micro-step, and micro-steps per update. ValueError where they do not divide."""
+    with torch.device("meta"):
+        model = GPT(gpt_config, config.window_backend)
+    T, window_size = config.sequence_length, gpt_config.window_size
+    if window_size is not None and window_size > T:
+        raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
+    for attention in model.windowed_attentions():
+        attention.backend(device)  # raises if it cannot serve there
+    if config.window_backend is not None and not model.windowed_attentions():
+        raise ValueError(f"window_backend={config.window_backend!r} is of no use: {config.model} has no window")
+
+    sequences, rest = divmod(config.total_batch_tokens // T, WORLD_SIZE)  # of each process
+    batch_size = config.batch_size
+    if batch_size is None:
+        room_mib = 0.95 * machine.total_mib(device)
+        sizes = [size for size in (64, 32, 16, 8, 4, 2) if sequences % size == 0 and (size <= 8 or device.type == "cuda")]
+        batch_size = next((size for size in sizes if predict_training_mib(model, size, T) < room_mib), 1)
+    if rest or sequences % batch_size:
+        raise ValueError(f"total_batch_tokens={config.total_batch_tokens} does not divide by sequence_length={T} x "
+                         f"batch_size={batch_size} x {WORLD_SIZE} processes")  # fmt: skip
+    if config.recipe == "cpu":
+        print0("recipe cpu: a few short steps, for machines without a GPU")
+    print0(f"model {model_name(gpt_config)}: {model.num_params():,} parameters, "
+           f"{model.flops_per_token(T):,} FLOPs per token")
+    print0(f"update: {config.total_batch_tokens:,} tokens = {WORLD_SIZE} processes x {sequences // batch_size} "
+           f"micro-steps x {batch_size} sequences x {T} tokens")
+    predicted_mib = predict_training_mib(model, batch_size, T)
+    print0(f"predicted peak on a GPU, compiled, in bfloat16: {predicted_mib:,.0f} MiB")
+    return batch_size, sequences // batch_size
+
+
+def print0(*words, file=None):
+    """Prints on the first process, above a progress bar if there is one."""
+    if RANK == 0:
+        tqdm.write(" ".join(str(word) for word in words), file=file)
+        (file or sys.stdout).flush()
+
+
+# -----------------------------------------------------------------------------
+# set-up
+
+
+def open_data(config: TrainConfig, gpt_config: GPTConfig) -> tuple[Dataset, Windows, Windows]:
+    """The data set and its windows for training and validation; shakespeare is prepared on first use."""
+    directory = Path(config.data) if "/" in config.data else Path("data") / config.data
+    if config.data == "shakespeare":
+        data.shakespeare.prepare(directory)
+    dataset = open_dataset(directory, gpt_config.vocab_size, config.verify_data)
+    windows = Windows(dataset.train, config.sequence_length), Windows(dataset.val, config.sequence_length)
+    return dataset, *windows
+
+
+def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
+    """Updates already done: of the newest valid checkpoint, max_steps if the run is finished, 0 if it is new."""
+    newest = checkpoint.newest_valid(run.path, print0)
+    if newest is None and rundir.read_json(run.path / "status.json").get("reason") != "finished":
+        return 0
+    if config.resume == "never":
+        raise rundir.BadOption(f"{run.path} has a run in it and --resume is never: choose another --run_name")
+    begun = checkpoint.read_state(newest) if newest else rundir.read_json(run.path / "config.json")
+    for name, value in settings.items():
+        before = begun.get("settings", {}).get(name)
+        if before != value:
+            raise rundir.BadOption(f"{run.path} was begun with {name}={before}, now it is {value}: choose another "
+                                   "--run_name, or the old value")  # fmt: skip
+    return begun["step"] if newest else config.max_steps
+
+
+@torch.no_grad()
+def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes) -> tuple[float, float | None]:
+    """
+    Mean loss in nats per token over the first n_windows windows, and bits per byte of their text. text_bytes: bytes of
+    text of each token id, int64 (V,), or None if the tokenizer is not known; then bits per byte is None.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+    for inputs, targets in val_batches(windows, n_windows, batch_size, RANK, WORLD_SIZE):
+        with autocast:
+            _, loss = model(inputs.to(device), targets.to(device))
+        targets = targets[targets >= 0]
+        n_bytes = 0 if text_bytes is None else text_bytes[targets].sum()
+        sums += torch.tensor([loss.item() * len(targets), len(targets), n_bytes])
+    if WORLD_SIZE > 1:
+        dist.all_reduce(sums)
+    nats, tokens, n_bytes = sums.tolist()
+    return nats / tokens, nats / math.log(2) / n_bytes if n_bytes else None
+
+
+# -----------------------------------------------------------------------------
+# training
+
+
+def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batch_size: int, accumulation: int,
+          run: rundir.RunDir) -> str:  # fmt: skip
+    """The whole run. Returns why it ended: finished, stop_after, SIGINT, SIGTERM, or "" if there was nothing to do."""
+    T = config.sequence_length
+
+    # --- data, then the run directory: nothing is written before the data is known to be good ---
+    rundir.check_writable(run.path)
+    dataset, train_windows, val_windows = open_data(config, gpt_config)
+    settings = result_settings(config, gpt_config) | {"data": dataset.fingerprint}
+    start = torch.zeros(1, dtype=torch.int64)
+    if RANK == 0:
+        run.open()
+        start[0] = find_start(config, settings, run)
+    if WORLD_SIZE > 1:
+        dist.broadcast(start, 0)
+    start, last_step = int(start), min(config.max_steps, config.stop_after or config.max_steps)
+    if start >= last_step:
+        print0(f"{run.path}: {'finished' if start == config.max_steps else 'stopped'} at step {start}")
+        return ""
+    weights_from = checkpoint.find(config.init_from, config.out_dir) if config.init_from and start == 0 else None
+    described = {"settings": settings, "model_config": asdict(gpt_config), "train_config": asdict(config),
+                 "versions": machine.versions(device)}  # fmt: skip
+    if RANK == 0:
+        run.write_config(described)
+    stop = rundir.StopSignal(distributed=WORLD_SIZE > 1)
+
+    # --- model and optimizer, new or as saved ---
+    model = GPT(gpt_config, config.window_backend, config.seed).to(device)
+    optimizer = make_optimizer(model, config)
+    if start > 0:
+        saved = run.path / checkpoint.directory_name(start)
+        checkpoint.load_weights(saved, model)
+        checkpoint.load_optimizer(saved, model, optimizer)
+        print0(f"resuming from {saved}")
+    elif weights_from is not None:
+        checkpoint.load_weights(weights_from, model)
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        model.compile(dynamic=False, fullgraph=True)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
+    dtype = machine.matmul_dtype(device, config.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+    def forward_backward(inputs, targets, synchronize: bool):
+        """Adds this micro-step's share to the gradients; DDP averages them over the processes if `synchronize`."""
+        with nullcontext() if synchronize or WORLD_SIZE == 1 else ddp.no_sync():
+            with autocast:
+                _, loss = ddp(inputs, targets)
+            (loss / accumulation).backward()
+        return loss.detach() / accumulation
+
+    # --- batches from update `start` on ---
+    def read_batches():
+        for step in range(start, sys.maxsize):
+            order = train_order(len(train_windows), config.seed, step, config.total_batch_tokens // T)
+            for micro_step in range(accumulation):
+                batch = train_windows.read(micro_batch(order, micro_step, batch_size, RANK, WORLD_SIZE))
+                if device.type == "cuda":
+                    batch = (tensor.pin_memory() for tensor in batch)
+                yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+
+    batches = read_batches()
+    inputs, targets = next(batches)
+    text_bytes = torch.from_numpy(token_bytes()) if dataset.tokenizer == "gpt2" else None
+    n_val = min(config.val_tokens // T, len(val_windows))
+    print0(f"validation: the first {n_val * T:,} targets of {dataset.directory}")
+
+    # --- one rehearsal, thrown away: it compiles, and shows which attention kernels really run ---
+    def rehearse():
+        forward_backward(inputs, targets, synchronize=False)
+        model.zero_grad(set_to_none=True)
+
+    if device.type == "cuda":
+        rehearse()
+    print0("attention kernels:", machine.attention_kernels(rehearse, device))
+    machine.reset_peak(device)
+
+    # --- the loop ---
+    peak_flops = machine.peak_flops(machine.device_name(device)) if dtype == torch.bfloat16 else None
+    flops_per_update = model.flops_per_token(T) * config.total_batch_tokens
+    time_s = run.open_metrics(start) if RANK == 0 else 0.0
+    mirror = None
+    if config.wandb and RANK == 0:
+        mirror = rundir.WandbMirror(project="gpt2-variants", name=run.path.name, dir=run.path, config=described)
+    bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=RANK != 0)
+    clock = time.perf_counter()
+    for step in range(start + 1, last_step + 1):
+        # --- forward and backward ---
+        report = torch.zeros(2, device=device)  # loss, processes that got a signal
+        for micro_step in range(accumulation):
+            report[0] += forward_backward(inputs, targets, synchronize=micro_step == accumulation - 1) / WORLD_SIZE
+            inputs, targets = next(batches)  # read while a GPU computes
+
+        # --- update, if loss and gradient are finite ---
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
+        report[1] += stop.received is not None
+        if WORLD_SIZE > 1:
+            dist.all_reduce(report)
+        loss, stopping = report.tolist()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise rundir.NotFinite(f"step {step}: loss {loss}, gradient norm {grad_norm}; update not made, nothing saved")
+        lr = learning_rate(config, step - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        machine.synchronize(device)
+        step_s = time.perf_counter() - clock
+        time_s += step_s
+
+        # --- log, with an evaluation if it is due ---
+        row = {
+            "step": step, "tokens": step * config.total_batch_tokens, "time_s": time_s, "loss": loss, "lr": lr,
+            "grad_norm": grad_norm, "step_ms": step_s * 1000, "tokens_per_s": config.total_batch_tokens / step_s,
+            "mfu": flops_per_update / step_s / (peak_flops * WORLD_SIZE) if peak_flops else None,
+            "peak_mib": machine.peak_mib(device),
+        }  # fmt: skip
+        if config.val_every and (step % config.val_every == 0 or step == config.max_steps):
+            val_loss, bits_per_byte = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes)
+            row |= {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
+            print0(f"step {step}: val loss {val_loss:.4f}, bits per byte {bits_per_byte or math.nan:.4f}")
+        if RANK == 0:
+            run.log(row)
+            if mirror:
+                mirror.log(row)
+            bar.set_postfix_str(rundir.progress(row), refresh=False)
+            bar.update()
+
+        # --- save ---
+        due = step % config.save_every == 0 or step == last_step or stopping if config.save_every else False
+        if due and RANK == 0:
+            with rundir.writing(run.path):
+                checkpoint.save(run.path, step, model, optimizer, described, config.keep_last)
+        if stopping:
+            break
+        clock = time.perf_counter()
+    bar.close()
+    if mirror:
+        mirror.close()
+    if step == config.max_steps:
+        return "finished"
+    return (stop.received or "signal") if stopping else "stop_after"
+
+
+def print_variants():
+    for name, gpt_config in VARIANTS.items():
+        with torch.device("meta"):
+            print(f"{name:45} {GPT(gpt_config).num_params():>13,} parameters")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    try:
+        options, device = parse_options(arguments)
+        config, gpt_config = options.train, options.gpt
+        if options.list:
+            print_variants()
+            return rundir.DONE
+        batch_size, accumulation = plan(config, gpt_config, device)
+    except ValueError as error:
+        print0(f"error: {error}", file=sys.stderr)
+        return rundir.BAD_OPTION
+    run = rundir.RunDir(Path(config.out_dir) / run_name(config, model_name(gpt_config)))
+    print0(f"run: {run.path} on {WORLD_SIZE} x {machine.device_name(device)}")
+    if options.dry_run:
+        return rundir.DONE
+
+    if WORLD_SIZE > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        reason = train(config, gpt_config, device, batch_size, accumulation, run)
+        code = rundir.STOPPED if reason.startswith("SIG") else rundir.DONE
+    except KeyboardInterrupt:  # before the first step; from there on StopSignal takes it
+        reason, code = "interrupted before the first step", rundir.INTERRUPTED
+    except Exception as error:
+        reason, code = str(error), getattr(error, "exit_code", 1)
+        if code == 1:
+            traceback.print_exc()
+    if reason:
+        run.close(reason, code)
+    if code == rundir.DONE:
+        print0(f"sample from it: python sample.py --run {run.path if config.out_dir != 'runs' else run.path.name}")
+    elif code == rundir.STOPPED:
+        print0(f"{reason}: stopped after step {run.step}; the same line continues")
+    else:
+        print(f"error: {reason}", file=sys.stderr)
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
