@@ -86,9 +86,10 @@ def synchronize(device: torch.device):
         getattr(torch, device.type).synchronize()
 
 
+# parts of kernel names, in the order in which they are looked for
 ATTENTION_KERNELS = {
-    "sdpa": "cuDNN", "flash": "FlashAttention", "fmha_cutlass": "memory-efficient", "flex_attention": "flex_attention",
-    "flash_attention_for_cpu": "fused SDPA for CPU", "attention_math": "SDPA without a fused kernel",
+    "cudnn": "cuDNN", "flex_attention": "flex_attention", "fmha_cutlass": "memory-efficient SDPA",
+    "flash_attention_for_cpu": "fused SDPA for CPU", "attention_math": "unfused SDPA", "flash": "FlashAttention",
 }  # fmt: skip
 
 
@@ -100,12 +101,9 @@ def attention_kernels(step: Callable[[], object], device: torch.device) -> str:
     with torch.profiler.profile(activities=[activity]) as profile:
         step()
         synchronize(device)
-    found = set()
-    for event in profile.key_averages():
-        fitting = [part for part in ATTENTION_KERNELS if part in event.key]
-        if fitting and event.key != "aten::scaled_dot_product_attention":
-            found.add(ATTENTION_KERNELS[max(fitting, key=len)])
-    return ", ".join(sorted(found)) or "no fused kernel"
+    names = [event.key for event in profile.key_averages()]
+    found = [next((label for part, label in ATTENTION_KERNELS.items() if part in name), None) for name in names]
+    return ", ".join(sorted(set(found) - {None})) or "none of the known fused kernels"
 
 
 def versions(device: torch.device) -> dict[str, str]:

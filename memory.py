@@ -7,13 +7,15 @@ MIB = 2**20
 
 def predict_training_mib(model: GPT, batch_size: int, sequence_length: int) -> float:
     """
-    Predicted peak of a compiled bf16 step with AdamW on CUDA, in MiB. Weights, gradients and both moments are float32.
-    Activations count what backward needs, in bf16 and in units of (tokens, C) tensors; logits are there as bf16 logits
-    and their gradient.
+    Predicted peak of a compiled bf16 step with AdamW on CUDA, in MiB; docs/experiments.md has it beside measured peaks.
+
+    For each parameter: float32 weight, gradient and two moments, and the bf16 copy that the products read. For the
+    tied matrix: its gradients as embedding and as head, before they are added. For each token: bf16 logits and their
+    gradient, and in each layer 12 vectors of n_embd in bf16, with post_norm 14: what backward needs.
     """
-    config, tokens, n_params = model.config, batch_size * sequence_length, model.num_params()
-    per_layer = 12 + 2 * config.post_norm + 2 * config.qk_norm
-    states = 16 * n_params
-    activations = 2 * tokens * config.n_embd * per_layer * config.n_layer
+    config, tokens = model.config, batch_size * sequence_length
+    parameters = (16 + 2) * model.num_params() + 8 * config.vocab_size * config.n_embd
     logits = 4 * tokens * config.vocab_size
-    return (states + activations + logits) / MIB
+    vectors_per_layer = 14 if config.post_norm and config.pre_norm else 12
+    activations = 2 * tokens * config.n_embd * vectors_per_layer * config.n_layer
+    return (parameters + logits + activations) / MIB

@@ -83,7 +83,8 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6).type_as(x)
 
 
-def rotary_tables(T, head_dim, device):
+@functools.lru_cache(maxsize=32)
+def rotary_tables(T: int, head_dim: int, device: torch.device):
     """cos and sin of position * frequency, float32, each (T, D / 2); base 10,000."""
     frequency = 10_000 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), frequency)
@@ -221,7 +222,7 @@ class GPT(nn.Module):
         return 6 * self.num_params() + sum(12 * self.config.n_embd * min(window, T) for window in windows)
 
     def compile(self, **options):
-        """torch.compile of everything but the building of block masks, which has to happen once, outside the graph."""
+        """torch.compile of all that depends on idx; tables and block masks are made once, outside the graph."""
         self.run = torch.compile(self.run, **options)
 
     def forward(self, idx, targets=None):
@@ -232,13 +233,12 @@ class GPT(nn.Module):
         for attention in self.windowed_attentions():
             if attention.backend(idx.device) == "flex":
                 attention.block_mask = window_block_mask(idx.size(1), attention.window_size, idx.device)
-        return self.run(idx, targets)
+        return self.run(idx, targets, *rotary_tables(idx.size(1), self.config.head_dim, idx.device))
 
-    def run(self, idx, targets):
+    def run(self, idx, targets, cos, sin):
         x = self.transformer.wte(idx)  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):  # else autocast keeps the residual stream in float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        cos, sin = rotary_tables(idx.size(1), self.config.head_dim, x.device)
         for block in self.transformer.h:
             x = block(x, cos, sin)
         logits = self.lm_head(norm(x))  # (B, T, V)

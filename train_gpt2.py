@@ -188,7 +188,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         print0(f"{run.path}: {'finished' if start == config.max_steps else 'stopped'} at step {start}")
         return ""
     weights_from = checkpoint.find(config.init_from, config.out_dir) if config.init_from and start == 0 else None
-    described = {"settings": settings, "model_config": asdict(gpt_config), "train_config": asdict(config),
+    described = {"settings": settings, "tokenizer": dataset.tokenizer, "model_config": asdict(gpt_config), "train_config": asdict(config),
                  "versions": machine.versions(device)}  # fmt: skip
     if RANK == 0:
         run.write_config(described)

@@ -1,7 +1,8 @@
 """FineWeb-10B, already GPT-2 tokens: `python -m data.fineweb N` downloads N training shards and the validation shard.
 
-The shards are those of modded-nanogpt, 100 million tokens (200 MB) each by its account. A broken download goes
-on where it stopped when the command is run again; with a larger N it adds shards.
+The shards are those of modded-nanogpt, 100 million tokens (200 MB) each by its account. The client goes on by itself
+after a broken connection; run again after a failure, the command keeps the shards that had arrived. A larger N adds
+shards.
 """
 
 import shutil

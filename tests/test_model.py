@@ -147,8 +147,8 @@ def test_float32_equals_reference(config, scale):
     expected_loss, expected, logits = reference_loss_and_gradients(config, gpt.state_dict(), idx, targets)
     loss, gradients = loss_and_gradients(gpt, idx, targets)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=2e-6)
-    assert_close(gradients, expected, 5e-5)
-    assert error(gpt(idx)[0], logits) < 1e-5
+    assert_close(gradients, expected, 1e-5)
+    assert error(gpt(idx)[0], logits) < 5e-6
 
 
 def test_rotary_tables_are_float32_exact_up_to_the_angle():
@@ -156,8 +156,8 @@ def test_rotary_tables_are_float32_exact_up_to_the_angle():
     assert cos.dtype == sin.dtype == torch.float32 and cos.shape == sin.shape == (1024, 32)
     for t, j in [(0, 0), (1, 0), (1, 31), (1023, 0), (1023, 7), (500, 31)]:
         angle = t * 10_000 ** (-2 * j / 64)
-        assert cos[t, j].item() == pytest.approx(math.cos(angle), abs=2e-4)
-        assert sin[t, j].item() == pytest.approx(math.sin(angle), abs=2e-4)
+        assert cos[t, j].item() == pytest.approx(math.cos(angle), abs=1e-4)
+        assert sin[t, j].item() == pytest.approx(math.sin(angle), abs=1e-4)
 
 
 @every_flag_set
@@ -184,7 +184,7 @@ def test_no_two_flag_sets_have_the_same_loss():
         with torch.no_grad():
             losses[name] = gpt(idx, targets)[1].item()
     ordered = sorted(losses.values())
-    assert min(b - a for a, b in pairwise(ordered)) > 1e-4, losses
+    assert min(b - a for a, b in pairwise(ordered)) > 1e-5, losses
 
 
 # -----------------------------------------------------------------------------
@@ -271,19 +271,28 @@ def test_forward_gives_logits_or_loss_and_ignores_targets_of_minus_one():
     assert loss.item() != pytest.approx(nats.mean().item(), rel=1e-3)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """On CUDA each shape and window is a compilation of its own; without this the limit on them would be hit."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @every_flag_set
-def test_bfloat16_autocast(config):
-    idx, targets = tokens(2, sequence_length())
-    gpt = make(config, scale=4)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bfloat16_autocast(config, device, fresh_compiler):
+    idx, targets = (x.to(device) for x in tokens(2, sequence_length()))
+    gpt = make(config, scale=4).to(device)
     seen = []
     for block in gpt.transformer.h:
         block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
     with torch.no_grad():
         expected = gpt(idx, targets)[1].item()
         seen.clear()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16):
             logits, loss = gpt(idx)[0], gpt(idx, targets)[1]
-    assert loss.item() == pytest.approx(expected, rel=2**-8) and loss.item() != expected
+    assert loss.item() == pytest.approx(expected, rel=2**-10) and loss.item() != expected
     assert loss.dtype == torch.float32 and logits.dtype == torch.bfloat16
     assert seen == [(torch.bfloat16, torch.bfloat16)] * (2 * config.n_layer), "the residual stream left bfloat16"
 
@@ -292,10 +301,10 @@ def test_compile_equals_eager():
     idx, targets = tokens(2, 23)
     gpt = make(WINDOW_SL, scale=4)
     loss, gradients = loss_and_gradients(gpt, idx, targets)
-    eager_run = gpt.run
+    torch._dynamo.utils.counters.clear()
     gpt.compile(fullgraph=True, dynamic=False)
-    assert gpt.run is not eager_run
     compiled_loss, compiled_gradients = loss_and_gradients(gpt, idx, targets)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "nothing was compiled"
     assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert_close(compiled_gradients, gradients, 1e-5)
 
@@ -571,14 +580,6 @@ def _replaced(base, overrides):
 # on a GPU: the fused kernel, and torch.compile of the whole model
 
 
-@pytest.fixture
-def fresh_compiler():
-    """Each shape and window is a compilation of its own; without this the limit on them would be hit."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def values_and_gradients(attend, inputs, d_out):
     q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
     out = attend(q, k, v)
@@ -606,7 +607,7 @@ def test_gpu_flex_attention_is_as_exact_as_plain_attention(T, window, dtype, fre
         assert x.dtype == dtype
         error_of_flex, error_of_plain = ((e.double() - z).abs().max().item() for e in (x, y))
         allowed = 2 * error_of_plain + torch.finfo(dtype).eps * z.abs().max().item()
-        # with one key the softmax is constant: dq and dk are rounding noise of the products that cancel in them
+        # with one key to see the softmax is constant: dq and dk are rounding noise of the products that cancel in them
         if window == 1 and name in ("dq", "dk"):
             allowed = 8 * torch.finfo(dtype).eps * exact[3].abs().max().item() * inputs[0].abs().max().item()
         assert error_of_flex <= allowed, f"{name}: {error_of_flex} against {error_of_plain}"

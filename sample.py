@@ -1,0 +1,117 @@
+"""
+Text from a trained run.
+
+    python sample.py --run d12_post_norm_qk_norm --prompt "To be, or not to be"
+
+Exit codes: 0 done, 2 bad option or no such run, 4 checkpoints present but none valid, 7 no tokenizer, 130 Ctrl-C.
+"""
+
+import codecs
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+import checkpoint
+import machine
+from data.shards import DataError
+from data.tokenizer import EOT, gpt2
+from model import GPT
+from rundir import BAD_OPTION, INTERRUPTED, BadOption, NoValidCheckpoint
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    run: str
+    """name of a run under out_dir, or the path of its directory; the newest valid checkpoint is read"""
+    prompt: str = ""
+    """what the text begins with; empty: the start of a document"""
+    n_samples: int = 1
+    """how many texts"""
+    max_new_tokens: int = 200
+    """length of each; a text also ends where the model ends the document"""
+    temperature: float = 0.8
+    """the logits are divided by it; 0 takes the most likely token each time"""
+    top_k: int = 0
+    """choose among the k most likely tokens; 0 = all"""
+    top_p: float = 1.0
+    """choose among the fewest tokens whose probabilities add up to p (arXiv 1904.09751)"""
+    seed: int = 0
+    """same seed, same texts; sample i of a seed does not depend on n_samples"""
+    out_dir: str = "runs"
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    window_backend: str | None = None
+    """kernel of the sliding window: flex or blocked; None: flex on CUDA, blocked elsewhere"""
+
+    def __post_init__(self):
+        for name, least in {"n_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature={self.temperature} must be 0 or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be more than 0 and at most 1")
+
+
+def choose(logits, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
+    """One token id by its logits, float32 (n,) on the CPU."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, ids = (logits / temperature).softmax(dim=0).sort(descending=True)
+    keep = probabilities.cumsum(dim=0) - probabilities < top_p  # what comes before a token leaves room for it
+    keep[top_k or len(keep) :] = False
+    chosen = torch.multinomial(probabilities * keep, 1, generator=generator)
+    return int(ids[chosen])
+
+
+@torch.no_grad()
+def generate(model: GPT, tokens: list[int], n_vocab: int, config: SampleConfig, seed: int, device: torch.device):
+    """Yields up to max_new_tokens token ids that continue `tokens`, each below n_vocab; stops before <|endoftext|>."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(tokens)
+    for _ in range(config.max_new_tokens):
+        logits, _ = model(torch.tensor([tokens], device=device))  # (1, T, V)
+        token = choose(
+            logits[0, -1, :n_vocab].float().cpu(), config.temperature, config.top_k, config.top_p, generator
+        )
+        if token == EOT:
+            return
+        tokens.append(token)
+        yield token
+
+
+def sample(config: SampleConfig):
+    device = machine.select_device(config.device)
+    newest = checkpoint.find(config.run, config.out_dir)
+    if checkpoint.read_state(newest)["tokenizer"] != "gpt2":
+        raise BadOption(f"{newest} was not trained on GPT-2 tokens: its output cannot be turned into text")
+    model = checkpoint.load_model(newest, device, config.window_backend)
+    tokenizer = gpt2()
+    tokens = [EOT, *tokenizer.encode_ordinary(config.prompt)]
+    for i in range(config.n_samples):
+        print(f"--- {newest}, seed {config.seed}, sample {i + 1} of {config.n_samples}")
+        print(config.prompt, end="", flush=True)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character can span several tokens
+        for token in generate(model, tokens, tokenizer.n_vocab, config, config.seed + 1000 * i, device):
+            print(decoder.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
+        print(decoder.decode(b"", final=True))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    config = tyro.cli(SampleConfig, args=arguments, description=__doc__, use_underscores=True)
+    try:
+        sample(config)
+    except (ValueError, NoValidCheckpoint, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", BAD_OPTION)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
