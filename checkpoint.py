@@ -44,7 +44,7 @@ def save(run_directory: Path, step: int, model: torch.nn.Module, optimizer, stat
         save_file(moments, temporary / "optim.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
         manifest = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-                    for name in FILES}  # fmt: skip
+                    for name in FILES}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         for path in [*temporary.iterdir(), temporary]:
             fsync(path)

@@ -13,7 +13,7 @@ PEAK_BF16_FLOPS = {
     "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12,
     "L40": 181e12, "L4": 121e12, "RTX A6000": 154.8e12, "RTX 6000 Ada": 364.2e12, "RTX 5090": 209.5e12,
     "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
-}  # fmt: skip
+}
 
 
 def select_device(name: str = "auto") -> torch.device:
@@ -90,7 +90,7 @@ def synchronize(device: torch.device):
 ATTENTION_KERNELS = {
     "cudnn": "cuDNN", "flex_attention": "flex_attention", "fmha_cutlass": "memory-efficient SDPA",
     "flash_attention_for_cpu": "fused SDPA for CPU", "attention_math": "unfused SDPA", "flash": "FlashAttention",
-}  # fmt: skip
+}
 
 
 def attention_kernels(step: Callable[[], object], device: torch.device) -> str:
@@ -109,4 +109,4 @@ def attention_kernels(step: Callable[[], object], device: torch.device) -> str:
 def versions(device: torch.device) -> dict[str, str]:
     """What a figure depends on: hardware and software, by name."""
     return {"device": device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda or "",
-            "python": platform.python_version()}  # fmt: skip
+            "python": platform.python_version()}

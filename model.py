@@ -138,7 +138,8 @@ class SlidingWindowAttention(CausalSelfAttention):
 
     def attend(self, q, k, v):
         if self.backend(q.device) == "flex":
-            return compiled_flex_attention()(q, k, v, block_mask=self.block_mask)
+            flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+            return flex(q, k, v, block_mask=self.block_mask)
         return blocked_window_attention(q, k, v, self.window_size)
 
 
@@ -193,6 +194,8 @@ class GPT(nn.Module):
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
+        if window_backend is not None and not self.windowed_attentions():
+            raise ValueError(f"window_backend={window_backend!r} has no use: window_size is None")
         for attention in self.windowed_attentions():
             attention.window_backend = window_backend
         self.init_weights(seed)
@@ -244,7 +247,7 @@ class GPT(nn.Module):
         logits = self.lm_head(norm(x))  # (B, T, V)
         if targets is None:
             return logits, None
-        return None, F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1), ignore_index=-1)
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
 
 
 # -----------------------------------------------------------------------------

@@ -19,11 +19,16 @@ from pathlib import Path
 
 from files import write_json
 
-DONE, BAD_OPTION, IN_USE, NO_VALID_CHECKPOINT, CANNOT_WRITE, NOT_FINITE, BAD_DATA, STOPPED, INTERRUPTED = (
-    0, 2, 3, 4, 5, 6, 7, 75, 130)  # fmt: skip
-
-
-# Each carries its exit code; the message is the one line that the user reads.
+# exit codes
+DONE = 0
+BAD_OPTION = 2  # or config, or the data changed since the run began
+IN_USE = 3  # the run directory
+NO_VALID_CHECKPOINT = 4  # there are some, but none is valid
+CANNOT_WRITE = 5
+NOT_FINITE = 6  # loss or gradient
+BAD_DATA = 7  # missing, empty or invalid
+STOPPED = 75  # by a signal, resumable
+INTERRUPTED = 130  # second Ctrl-C
 
 
 class BadOption(ValueError):
@@ -99,7 +104,7 @@ class RunDir:
     def log(self, row: dict):
         """One line of metrics.jsonl; what is not finite becomes null."""
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in row.items()}  # fmt: skip
+                  for key, value in row.items()}
         with writing(self.path):
             self.metrics.write(json.dumps(finite) + "\n")
             self.metrics.flush()
@@ -126,7 +131,7 @@ def progress(row: dict) -> str:
     mfu = f"{row['mfu']:.1%} MFU" if row["mfu"] else "MFU unknown"
     memory = f", {row['peak_mib']:,.0f} MiB" if row["peak_mib"] else ""
     return (f"loss {row['loss']:.4f}, lr {row['lr']:.2e}, grad norm {row['grad_norm']:.2f}, {row['step_ms']:,.0f} ms, "
-            f"{row['tokens_per_s']:,.0f} tokens/s, {mfu}{memory}")  # fmt: skip
+            f"{row['tokens_per_s']:,.0f} tokens/s, {mfu}{memory}")
 
 
 def git(*arguments: str) -> str:
@@ -189,3 +194,10 @@ class WandbMirror:
         self.thread.join(timeout=10)
         if self.thread.is_alive():
             print("wandb: not finished after 10 s, left behind", file=sys.stderr)
+
+
+def leave(code: int):
+    """Ends the process without waiting for threads and exit hooks: wandb's may be stuck."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -85,18 +85,17 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
     for attention in model.windowed_attentions():
         attention.backend(device)  # raises if it cannot serve there
-    if config.window_backend is not None and not model.windowed_attentions():
-        raise ValueError(f"window_backend={config.window_backend!r} is of no use: {config.model} has no window")
 
     sequences, rest = divmod(config.total_batch_tokens // T, WORLD_SIZE)  # of each process
     batch_size = config.batch_size
     if batch_size is None:
         room_mib = 0.95 * machine.total_mib(device)
-        sizes = [size for size in (64, 32, 16, 8, 4, 2) if sequences % size == 0 and (size <= 8 or device.type == "cuda")]
+        sizes = (64, 32, 16, 8, 4, 2) if device.type == "cuda" else (8, 4, 2)
+        sizes = [size for size in sizes if sequences % size == 0]
         batch_size = next((size for size in sizes if predict_training_mib(model, size, T) < room_mib), 1)
     if rest or sequences % batch_size:
         raise ValueError(f"total_batch_tokens={config.total_batch_tokens} does not divide by sequence_length={T} x "
-                         f"batch_size={batch_size} x {WORLD_SIZE} processes")  # fmt: skip
+                         f"batch_size={batch_size} x {WORLD_SIZE} processes")
     if config.recipe == "cpu":
         print0("recipe cpu: a few short steps, for machines without a GPU")
     print0(f"model {model_name(gpt_config)}: {model.num_params():,} parameters, "
@@ -141,7 +140,7 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
         before = begun.get("settings", {}).get(name)
         if before != value:
             raise rundir.BadOption(f"{run.path} was begun with {name}={before}, now it is {value}: choose another "
-                                   "--run_name, or the old value")  # fmt: skip
+                                   "--run_name, or the old value")
     return begun["step"] if newest else config.max_steps
 
 
@@ -169,7 +168,7 @@ def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes
 
 
 def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batch_size: int, accumulation: int,
-          run: rundir.RunDir) -> str:  # fmt: skip
+          run: rundir.RunDir) -> str:
     """The whole run. Returns why it ended: finished, stop_after, SIGINT, SIGTERM, or "" if there was nothing to do."""
     T = config.sequence_length
 
@@ -177,6 +176,9 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     rundir.check_writable(run.path)
     dataset, train_windows, val_windows = open_data(config, gpt_config)
     settings = result_settings(config, gpt_config) | {"data": dataset.fingerprint}
+    weights_from = None
+    if config.init_from is not None and not checkpoint.list_checkpoints(run.path):
+        weights_from = checkpoint.find(config.init_from, config.out_dir)
     start = torch.zeros(1, dtype=torch.int64)
     if RANK == 0:
         run.open()
@@ -187,9 +189,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     if start >= last_step:
         print0(f"{run.path}: {'finished' if start == config.max_steps else 'stopped'} at step {start}")
         return ""
-    weights_from = checkpoint.find(config.init_from, config.out_dir) if config.init_from and start == 0 else None
-    described = {"settings": settings, "tokenizer": dataset.tokenizer, "model_config": asdict(gpt_config), "train_config": asdict(config),
-                 "versions": machine.versions(device)}  # fmt: skip
+    described = {"settings": settings, "model_config": asdict(gpt_config), "train_config": asdict(config),
+                 "tokenizer": dataset.tokenizer, "versions": machine.versions(device)}
     if RANK == 0:
         run.write_config(described)
     stop = rundir.StopSignal(distributed=WORLD_SIZE > 1)
@@ -267,7 +268,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             dist.all_reduce(report)
         loss, stopping = report.tolist()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise rundir.NotFinite(f"step {step}: loss {loss}, gradient norm {grad_norm}; update not made, nothing saved")
+            raise rundir.NotFinite(f"step {step}: loss {loss}, gradient norm {grad_norm}; its update was not made")
         lr = learning_rate(config, step - 1)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -283,7 +284,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             "grad_norm": grad_norm, "step_ms": step_s * 1000, "tokens_per_s": config.total_batch_tokens / step_s,
             "mfu": flops_per_update / step_s / (peak_flops * WORLD_SIZE) if peak_flops else None,
             "peak_mib": machine.peak_mib(device),
-        }  # fmt: skip
+        }
         if config.val_every and (step % config.val_every == 0 or step == config.max_steps):
             val_loss, bits_per_byte = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes)
             row |= {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
@@ -308,7 +309,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         mirror.close()
     if step == config.max_steps:
         return "finished"
-    return (stop.received or "signal") if stopping else "stop_after"
+    return stop.received or "SIGTERM" if stopping else "stop_after"  # the signal may have reached another process only
 
 
 def print_variants():
@@ -346,7 +347,8 @@ def main(arguments: list[str] | None = None) -> int:
         if code == 1:
             traceback.print_exc()
     if reason:
-        run.close(reason, code)
+        with suppress(rundir.CannotWrite):  # then that is the error already, or the last checkpoint says as much
+            run.close(reason, code)
     if code == rundir.DONE:
         print0(f"sample from it: python sample.py --run {run.path if config.out_dir != 'runs' else run.path.name}")
     elif code == rundir.STOPPED:
@@ -354,9 +356,11 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print(f"error: {reason}", file=sys.stderr)
     if WORLD_SIZE > 1:
+        if code in (rundir.DONE, rundir.STOPPED):
+            dist.barrier()  # else torchrun ends the process that saves when the first of the others is gone
         dist.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    rundir.leave(main())

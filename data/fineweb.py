@@ -11,7 +11,8 @@ from pathlib import Path
 
 import tyro
 
-from data.shards import DataError, Shard, build_manifest, locked, run_command, shard_files, write_json
+from data.shards import DataError, Shard, build_manifest, locked, run_command, shard_files
+from files import write_json
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"  # a data set of the Hugging Face hub
 N_SHARDS = 103

@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+from files import fsync, write_json
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -272,20 +273,6 @@ def check_contents(
 # Files: written whole or not at all, by one process at a time
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write `value` to `path` in one step: a reader sees the old file or the new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump(value, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-
-
 def try_write_json(path: Path, value: dict) -> None:
     """write_json where the file only saves time: a directory that cannot be written costs a line on stderr."""
     try:
@@ -328,20 +315,11 @@ def prepare(directory: Path) -> Iterator[Path | None]:
         temporary.mkdir()
         try:
             yield temporary
-            flush_directory(temporary)  # its files were flushed as they were written
+            fsync(temporary)  # its files were flushed as they were written
             os.rename(temporary, directory)
-            flush_directory(directory.parent)
+            fsync(directory.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def flush_directory(directory: Path) -> None:
-    """Flush the names in `directory` to disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def run_command(function: Callable[[], int | None]) -> int:

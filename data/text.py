@@ -22,8 +22,9 @@ import tyro
 import zstandard
 from tqdm import tqdm
 
-from data.shards import DataError, build_manifest, prepare, run_command, write_json, write_shard
+from data.shards import DataError, build_manifest, prepare, run_command, write_shard
 from data.tokenizer import EOT, gpt2
+from files import write_json
 
 SHARD_TOKENS = 100_000_000
 READ_BYTES = 1 << 18  # of a compressed or plain file at a time

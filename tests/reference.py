@@ -11,7 +11,7 @@ import torch
 
 # The fields of GPTConfig that the equations below know; a variant that sets another one has no reference here.
 KNOWN_FIELDS = {"n_layer", "n_head", "n_embd", "vocab_size",
-                "pre_norm", "post_norm", "qk_norm", "window_size", "window_pattern"}  # fmt: skip
+                "pre_norm", "post_norm", "qk_norm", "window_size", "window_pattern"}
 
 
 def rms_norm(x):
@@ -75,7 +75,7 @@ def reference_loss_and_gradients(config, state_dict, idx, targets):
     """
     assert torch.equal(state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]), "the head is tied"
     weights = {name: weight.detach().cpu().double().requires_grad_()
-               for name, weight in state_dict.items() if name != "lm_head.weight"}  # fmt: skip
+               for name, weight in state_dict.items() if name != "lm_head.weight"}
     logits = reference_logits(config, weights, idx.cpu())
     shifted = logits - logits.amax(-1, keepdim=True)
     log_probability = shifted - shifted.exp().sum(-1, keepdim=True).log()

@@ -50,7 +50,7 @@ for variant_name, variant_config in VARIANTS.items():
     FLAGS.setdefault(small(variant_config), variant_name)
 every_flag_set = pytest.mark.parametrize("config", [pytest.param(c, id=name) for c, name in FLAGS.items()])
 WINDOW_SL = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=512, post_norm=True, qk_norm=True,
-                      window_size=WINDOW_STEP, window_pattern="SL")  # fmt: skip
+                      window_size=WINDOW_STEP, window_pattern="SL")
 
 
 def tokens(B, T, vocab_size=512):
@@ -92,7 +92,7 @@ def assert_close(actual, expected, tolerance):
 
 def needs_reference(config):
     unknown = [f.name for f in fields(config)
-               if f.name not in KNOWN_FIELDS and getattr(config, f.name) != f.default]  # fmt: skip
+               if f.name not in KNOWN_FIELDS and getattr(config, f.name) != f.default]
     if unknown:
         pytest.skip(f"tests/reference.py has no equation for {', '.join(unknown)}")
 
@@ -318,7 +318,7 @@ def test_compile_equals_eager():
     ("d24", 353_501_184),  # 24 layers x 12 x 1024^2 + 50304 x 1024
     ("d36", 772_177_920),  # 36 layers x 12 x 1280^2 + 50304 x 1280
     ("d48", 1_555_046_400),  # 48 layers x 12 x 1600^2 + 50304 x 1600
-])  # fmt: skip
+])
 def test_parameter_counts(name, parameters):
     for config in VARIANTS.values():
         if (config.n_layer, config.n_embd) == (VARIANTS[name].n_layer, VARIANTS[name].n_embd):
@@ -336,7 +336,7 @@ def test_parameter_counts(name, parameters):
     ("d12_post_norm_qk_norm_window1024", 4096, 12 * 12 * 768 * 1024),
     ("d12_post_norm_qk_norm_window256_SSSL", 1024, 12 * 768 * (9 * 256 + 3 * 1024)),
     ("d48", 1024, 48 * 12 * 1600 * 1024),
-])  # fmt: skip
+])
 def test_flops_per_token(name, T, attention_flops):
     parameters = {"d12": 123_568_128, "d48": 1_555_046_400}[name.split("_")[0]]
     with torch.device("meta"):
@@ -384,7 +384,7 @@ def test_blocked_window_attention_equals_dense(T, window):
     actual, expected = blocked_window_attention(q, k, v, window), attention(q, k, v, window)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     for x, y in zip(torch.autograd.grad(actual, (q, k, v), d_out),
-                    torch.autograd.grad(expected, (q, k, v), d_out), strict=True):  # fmt: skip
+                    torch.autograd.grad(expected, (q, k, v), d_out), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
 
@@ -499,7 +499,7 @@ def test_window_backend():
     ({"window_pattern": "SsL", "window_size": 8}, ["window_pattern='SsL'"]),
     ({"window_pattern": "SX", "window_size": 8}, ["window_pattern='SX'"]),
     ({"window_pattern": "SSSL", "window_size": 8, "n_layer": 3}, ["window_pattern='SSSL'", "n_layer=3"]),
-])  # fmt: skip
+])
 def test_refused_configs(overrides, words):
     assert_one_line_error(lambda: GPTConfig(**overrides), *words)
 
@@ -521,7 +521,7 @@ def test_variant_names():
         "d12_window256", "d12_post_norm_qk_norm_window256", "d12_post_norm_qk_norm_window1024",
         "d12_post_norm_qk_norm_window256_SSSL",
         "tiny", "tiny_post_norm_qk_norm_window32",
-    }  # fmt: skip
+    }
     assert len(set(VARIANTS.values())) == len(VARIANTS)
     for name, config in VARIANTS.items():
         assert model_name(config) == name and variant(name) == config
@@ -549,7 +549,7 @@ def test_variant_configs():
     ("d12_qk_norm_post_norm", None),  # the flags in another order are not a name
     ("gpt2", None),
     ("", None),
-])  # fmt: skip
+])
 def test_lookup_is_exact(name, nearest):
     near = f"did you mean {nearest}?" if nearest else "did you mean "
     assert_one_line_error(lambda: variant(name), repr(name), near, ", ".join(VARIANTS))
@@ -559,7 +559,7 @@ def test_names_of_overridden_configs_are_distinct():
     overrides = [{}, {"n_layer": 6}, {"n_layer": 24}, {"n_head": 1}, {"n_embd": 3200}, {"vocab_size": 512},
                  {"vocab_size": 51200}, {"post_norm": True}, {"pre_norm": False, "post_norm": True}, {"qk_norm": True},
                  {"window_size": 25}, {"window_size": 2}, {"window_size": None, "window_pattern": "S"},
-                 {"window_size": 32, "window_pattern": "SL"}, {"window_size": 32, "window_pattern": "LS"}]  # fmt: skip
+                 {"window_size": 32, "window_pattern": "SL"}, {"window_size": 32, "window_pattern": "LS"}]
     configs = {c for base in VARIANTS.values() for o in overrides if (c := _replaced(base, o)) is not None}
     names = [model_name(config) for config in configs]
     assert len(set(names)) == len(configs) > 200
@@ -589,7 +589,7 @@ def values_and_gradients(attend, inputs, d_out):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("T", "window"), [(300, 1), (300, 2), (300, 127), (300, 128), (300, 129), (300, 300),
-                                           (700, 129), (700, 400), (50, 7), (256, 64)])  # fmt: skip
+                                           (700, 129), (700, 400), (50, 7), (256, 64)])
 def test_gpu_flex_attention_is_as_exact_as_plain_attention(T, window, dtype, fresh_compiler):
     generator = torch.Generator().manual_seed(T)
     *inputs, d_out = (torch.randn(2, 3, T, 64, generator=generator).to("cuda", dtype) for _ in range(4))
