@@ -52,14 +52,20 @@ def save(run_directory: Path, step: int, model: torch.nn.Module, optimizer, stat
         shutil.rmtree(temporary, ignore_errors=True)
         raise error if isinstance(error, OSError) else OSError(str(error)) from error
     target = run_directory / directory_name(step)
-    if target.exists():  # it was found invalid, or this run would have resumed from it
-        shutil.rmtree(run_directory / f"invalid-{target.name}", ignore_errors=True)
-        target.rename(run_directory / f"invalid-{target.name}")
     temporary.rename(target)
     fsync(run_directory)
     for old in list_checkpoints(run_directory)[keep_last:]:
         shutil.rmtree(old)
     return target
+
+
+def set_aside(run_directory: Path, step: int):
+    """Renames the checkpoints after this step, which were found invalid: they neither count nor stand in the way."""
+    for checkpoint in list_checkpoints(run_directory):
+        if checkpoint.name > directory_name(step):
+            invalid = run_directory / f"invalid-{checkpoint.name}"
+            shutil.rmtree(invalid, ignore_errors=True)
+            checkpoint.rename(invalid)
 
 
 def directory_name(step: int) -> str:

@@ -21,6 +21,8 @@ def select_device(name: str = "auto") -> torch.device:
     auto is CUDA, MPS or CPU, whichever comes first. Under torchrun each process gets the GPU of its LOCAL_RANK.
     ValueError with torch's reason if a device is asked for, or an NVIDIA device is there, and torch cannot use it.
     """
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"device={name!r} must be one of auto, cpu, cuda, mps")
     if name == "cpu" or (name == "auto" and not nvidia_device_present() and not torch.backends.mps.is_available()):
         return torch.device("cpu")
     if name == "mps" or (name == "auto" and not nvidia_device_present()):
@@ -35,6 +37,7 @@ def select_device(name: str = "auto") -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
         raise ValueError(f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 

@@ -51,15 +51,6 @@ class NotFinite(Exception):
     exit_code = NOT_FINITE
 
 
-def check_writable(path: Path):
-    """Raises CannotWrite unless `path`, or the directory in which it would be made, can be written to."""
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise CannotWrite(f"{existing} is not a directory: choose another --out_dir")
-    if not os.access(existing, os.W_OK):
-        raise CannotWrite(f"{existing} is not writable: choose another --out_dir")
-
-
 @contextmanager
 def writing(path: Path):
     """Turns an OSError into CannotWrite."""
@@ -69,11 +60,21 @@ def writing(path: Path):
         raise CannotWrite(f"cannot write to {path}: {error.strerror or error}") from error
 
 
+def check_writable(path: Path):
+    """Raises CannotWrite unless `path`, or the directory in which it would be made, can be written to."""
+    with writing(path):
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise CannotWrite(f"{existing} is not a directory: choose another --out_dir")
+    if not os.access(existing, os.W_OK):
+        raise CannotWrite(f"{existing} is not writable: choose another --out_dir")
+
+
 class RunDir:
     """The directory of a run; nothing is touched before `open`, and one process at a time holds it open."""
 
     def __init__(self, path: Path):
-        self.path, self.is_open, self.step = path, False, 0
+        self.path, self.begun, self.step = path, False, 0
 
     def open(self):
         """Raises RunDirInUse or CannotWrite. The lock belongs to the process: it is free however the process ends."""
@@ -84,13 +85,13 @@ class RunDir:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunDirInUse(f"{self.path} is in use by another process") from error
-        self.is_open = True
 
-    def write_config(self, config: dict):
+    def begin(self, config: dict):
         """config.json, and in source.diff the git commit and what differs from it, if the code is a git checkout."""
         with writing(self.path):
             write_json(self.path / "config.json", config)
-            (self.path / "source.diff").write_text(git("rev-parse", "HEAD") + git("diff", "HEAD"))
+            (self.path / "source.diff").write_bytes(git("rev-parse", "HEAD") + git("diff", "HEAD"))
+        self.begun = True
 
     def open_metrics(self, step: int) -> float:
         """Cuts metrics.jsonl back to the first `step` updates. Returns the training time in seconds up to there."""
@@ -111,8 +112,8 @@ class RunDir:
         self.step = row["step"]
 
     def close(self, reason: str, code: int):
-        """status.json: how it ended. Does nothing if the directory was never open."""
-        if self.is_open:
+        """status.json: how it ended. Does nothing unless the run has begun: a refused one changes nothing."""
+        if self.begun:
             with writing(self.path):
                 write_json(self.path / "status.json", {"reason": reason, "step": self.step, "code": code})
 
@@ -134,13 +135,13 @@ def progress(row: dict) -> str:
             f"{row['tokens_per_s']:,.0f} tokens/s, {mfu}{memory}")
 
 
-def git(*arguments: str) -> str:
-    """What git prints about the code; "" if the code is not a git checkout."""
+def git(*arguments: str) -> bytes:
+    """What git prints about the code; nothing if the code is not a git checkout."""
     root = Path(__file__).parent
     try:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return b""
 
 
 class StopSignal:

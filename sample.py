@@ -90,7 +90,7 @@ def sample(config: SampleConfig):
         raise BadOption(f"{newest} was not trained on GPT-2 tokens: its output cannot be turned into text")
     model = checkpoint.load_model(newest, device, config.window_backend)
     tokenizer = gpt2()
-    tokens = [EOT, *tokenizer.encode_ordinary(config.prompt)]
+    tokens = tokenizer.encode_ordinary(config.prompt) or [EOT]  # what begins a document
     for i in range(config.n_samples):
         print(f"--- {newest}, seed {config.seed}, sample {i + 1} of {config.n_samples}")
         print(config.prompt, end="", flush=True)

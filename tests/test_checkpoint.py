@@ -1,0 +1,485 @@
+"""Checkpoints: what is in one, what happens to a damaged one, and that a run that goes on is the run itself."""
+
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from small import T, assert_same_result, losses, metrics, status, steps, tensors, tree
+
+import checkpoint
+import rundir
+from model import GPT, GPTConfig
+
+runs = small.runs
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=small.VOCAB)
+TWELVE = {"max_steps": 12, "val_every": 5, "save_every": 5}  # neither divides 12
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run of 12 steps without a break: whole(batch_size) is its directory. Made once."""
+    uninterrupted = small.Runs(tmp_path_factory.mktemp("whole"))
+
+    def run(batch_size=4):
+        path = uninterrupted.out_dir / f"batch{batch_size}"
+        if not path.exists():
+            assert uninterrupted(**TWELVE, batch_size=batch_size, run_name=path.name) == 0
+        return path
+
+    return run
+
+
+# -----------------------------------------------------------------------------
+# going on
+
+
+@pytest.mark.parametrize("batch_size", [4, 2], ids=["accumulation 1", "accumulation 2"])
+@pytest.mark.parametrize("k", range(1, 12))
+def test_resumed_run_is_the_uninterrupted_run(runs, whole, k, batch_size, capsys):
+    """To the last bit, from every step."""
+    options = TWELVE | {"batch_size": batch_size}
+    assert runs(**options, stop_after=k) == 0
+    assert steps(runs.path)[-1] == len(metrics(runs.path)) == k
+    assert status(runs.path) == {"reason": "stop_after", "step": k, "code": 0}
+    time_s = metrics(runs.path)[-1]["time_s"]
+    capsys.readouterr()
+    assert runs(**options) == 0
+    assert f"resuming from {runs.path / f'step-{k:08d}'}\n" in capsys.readouterr().out
+    assert_same_result(runs.path, whole(batch_size))
+    assert [row["step"] for row in metrics(runs.path) if "val_loss" in row] == [5, 10, 12]
+    assert metrics(runs.path)[k]["time_s"] > time_s  # training time goes on, too
+
+
+def test_many_stops(runs, whole):
+    """Each with the checkpoint, and the accumulation, of another."""
+    for k, batch_size in (1, 4), (2, 4), (5, 4), (6, 4), (7, 4), (10, 4), (11, 4), (12, 4):
+        assert runs(**TWELVE, batch_size=batch_size, stop_after=k) == 0
+    assert_same_result(runs.path, whole())
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 13, "lo'], ids=["whole lines", "half a line"])
+def test_lines_after_the_checkpoint_are_cut(runs, whole, torn):
+    """As after a crash between two checkpoints: the metrics are ahead."""
+    assert runs(**TWELVE) == 0
+    shutil.rmtree(runs.path / "step-00000012")
+    (runs.path / "status.json").unlink()
+    with open(runs.path / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    assert steps(runs.path)[-1] == 10 and len((runs.path / "metrics.jsonl").read_text().splitlines()) >= 12
+    assert runs(**TWELVE) == 0
+    assert_same_result(runs.path, whole())
+
+
+def test_a_crash_before_the_first_checkpoint_starts_anew(runs, whole, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *arguments: os.kill(os.getpid(), 0) or 1 / 0)
+        assert runs(**TWELVE) == 1
+    assert steps(runs.path) == [] and len(metrics(runs.path)) == 5
+    assert runs(**TWELVE) == 0
+    assert_same_result(runs.path, whole())
+
+
+def test_stop_after_that_has_been_reached_does_nothing(runs, capsys):
+    assert runs(**TWELVE, stop_after=7) == 0
+    before = tree(runs.directory)
+    for k in 7, 3:
+        assert runs(**TWELVE, stop_after=k) == 0
+        assert "stopped at step 7" in capsys.readouterr().out
+    assert tree(runs.directory) == before
+
+
+def test_how_a_run_is_executed_may_change(runs, whole):
+    """Micro-steps, evaluations, checkpoints: the other options of a run that goes on may be new."""
+    assert runs(**TWELVE, stop_after=4) == 0
+    changes = {"batch_size": 1, "val_every": 3, "save_every": 2, "keep_last": 5, "val_tokens": 3 * T}
+    assert runs(**TWELVE | changes) == 0
+    assert losses(runs.path) == pytest.approx(losses(whole()), rel=1e-6)
+    assert steps(runs.path) == [4, 6, 8, 10, 12]
+
+
+# -----------------------------------------------------------------------------
+# a finished run, and another run under its name
+
+
+@pytest.mark.parametrize("save_every", [5, 0])
+def test_a_finished_run_is_left_alone(runs, capsys, save_every, monkeypatch):
+    options = TWELVE | {"save_every": save_every}
+    assert runs(**options) == 0
+    capsys.readouterr()
+    before = tree(runs.directory)
+    monkeypatch.setattr(GPT, "compile", None)
+    assert runs(**options) == 0
+    out = capsys.readouterr().out
+    assert "finished at step 12" in out and f"python sample.py --run {runs.path}" in out
+    assert tree(runs.directory) == before
+
+
+OTHER_RUN = {
+    "learning_rate": ({"learning_rate": 0.02}, ["learning_rate=0.01", "0.02"]),
+    "model": ({"qk_norm": True}, ["qk_norm=False", "True"]),
+    "depth": ({"n_layer": 3}, ["n_layer=2", "3"]),
+    "window": ({"window_size": 8}, ["window_size=None", "8"]),
+    "seed": ({"seed": 1}, ["seed=0", "1"]),
+    "schedule": ({"max_steps": 13}, ["max_steps=12", "13"]),
+    "resume never": ({"resume": "never"}, ["--resume", "--run_name"]),
+    "data": ({"data": "other"}, ["data="]),
+}
+
+
+STATES = pytest.mark.parametrize(("save_every", "stop_after"), [(5, None), (5, 7), (0, None)],
+                                 ids=["finished", "stopped", "finished without checkpoints"])
+
+
+@pytest.mark.parametrize("name", OTHER_RUN)
+@STATES
+def test_another_run_under_the_same_name_is_refused(runs, capsys, name, save_every, stop_after):
+    """Exit 2 with the field, its old and its new value."""
+    options = TWELVE | {"save_every": save_every}
+    assert runs(**options, stop_after=stop_after) == 0
+    changes, expected = OTHER_RUN[name]
+    if name == "data":
+        changes = {"data": small.make_data(runs.directory / "other", seed=1)}
+    capsys.readouterr()
+    assert runs(**options | changes) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and str(runs.path) in err
+    assert [word for word in expected if word not in err] == []
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.5}, {"resume": "never"}], ids=["changed", "never"])
+@STATES
+def test_a_refused_run_leaves_the_other_as_it_is(runs, changes, save_every, stop_after):
+    options = TWELVE | {"save_every": save_every}
+    assert runs(**options, stop_after=stop_after) == 0
+    before = tree(runs.path)
+    assert runs(**options | changes) == 2
+    assert tree(runs.path) == before
+
+
+def test_a_refused_run_does_not_cost_the_finished_one(runs):
+    """Without checkpoints only status.json knows that the run is finished."""
+    assert runs(save_every=0) == 0
+    before = (runs.path / "metrics.jsonl").read_bytes()
+    assert runs(save_every=0, learning_rate=0.5) == 2
+    assert runs(save_every=0) == 0
+    assert (runs.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_changed_data_under_the_same_path_is_noticed(runs, capsys):
+    assert runs(**TWELVE, stop_after=7) == 0
+    shutil.rmtree(runs.data)
+    small.make_data(runs.data, seed=1)
+    assert runs(**TWELVE) == 2
+    assert "data=" in capsys.readouterr().err
+
+
+def test_resume_never_in_a_new_directory_is_fine(runs, whole):
+    assert runs(**TWELVE, resume="never") == 0
+    assert_same_result(runs.path, whole())
+
+
+# -----------------------------------------------------------------------------
+# --init_from
+
+
+def test_init_from_starts_with_the_weights_of_the_other_run(runs):
+    assert runs(run_name="first", save_every=6) == 0
+    by_name = {"init_from": "first", "seed": 7, "learning_rate": 0.0, "max_steps": 2, "save_every": 2}
+    assert runs(run_name="second", **by_name) == 0
+    first, second = (tensors(run / f"step-{n:08d}") for run, n in
+                     ((runs.out_dir / "first", 6), (runs.out_dir / "second", 2)))
+    names = dict(GPT(TINY).named_parameters())
+    assert [name for name in names if not torch.equal(first[name], second[name])] == []  # the learning rate is 0
+    assert len(metrics(runs.out_dir / "second")) == 2  # with a schedule and steps of its own
+    # the first loss of each seed is that of the loaded model on the first batch of that seed
+    assert runs(run_name="scratch", **by_name | {"init_from": None}) == 0
+    assert losses(runs.out_dir / "second")[0] < losses(runs.out_dir / "scratch")[0] - 0.1
+    assert runs(run_name="by_path", **by_name | {"init_from": runs.out_dir / "first"}) == 0
+    assert losses(runs.out_dir / "by_path") == losses(runs.out_dir / "second")
+
+
+def test_init_from_is_read_once(runs):
+    """A run that goes on needs its own checkpoint only."""
+    assert runs(run_name="first", save_every=6) == 0
+    options = TWELVE | {"init_from": "first"}
+    assert runs(**options, run_name="whole") == 0
+    assert runs(**options, stop_after=5) == 0
+    shutil.rmtree(runs.out_dir / "first")
+    assert runs(**options) == 0
+    assert_same_result(runs.path, runs.out_dir / "whole")
+
+
+def test_init_from_what_does_not_fit(runs, capsys):
+    assert runs(run_name="first", save_every=6) == 0
+    assert runs(init_from="frist") == 2
+    assert "'frist'" in (err := capsys.readouterr().err) and "first" in err.replace("frist", "")
+    assert not runs.path.exists()
+    assert runs(init_from="first", n_layer=3) == 2
+    assert "another model" in (err := capsys.readouterr().err) and "Traceback" not in err
+    assert runs(init_from="first", n_layer=3, run_name="deeper") == 2  # and again: nothing is half begun
+    shutil.copy(runs.data / "train_000000.bin", runs.out_dir / "first" / "step-00000006" / "model.safetensors")
+    assert runs(init_from="first", run_name="damaged") == 4
+
+
+# -----------------------------------------------------------------------------
+# what is in a checkpoint
+
+
+def test_layout(runs):
+    assert runs(**TWELVE) == 0
+    assert steps(runs.path) == [10, 12]
+    place = runs.path / "step-00000010"
+    files = ["manifest.json", "model.safetensors", "optim.safetensors", "state.json"]
+    assert sorted(path.name for path in place.iterdir()) == files
+    names = [f"transformer.h.{i}.{part}.weight" for i in range(2)
+             for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    names.append("transformer.wte.weight")  # and no lm_head.weight: it is the same
+    assert sorted(load_file(place / "model.safetensors")) == sorted(names)
+    keys = [f"{name}/{key}" for name in names for key in ("exp_avg", "exp_avg_sq", "step")]
+    assert sorted(load_file(place / "optim.safetensors")) == sorted(keys)
+    state = json.loads((place / "state.json").read_text())
+    assert state["step"] == 10 and state["model_config"]["n_embd"] == 64 and state["train_config"]["max_steps"] == 12
+    assert set(state) == {"step", "settings", "model_config", "train_config", "tokenizer", "versions"}
+    manifest = json.loads((place / "manifest.json").read_text())
+    assert sorted(manifest) == files[1:]
+    for name, entry in manifest.items():
+        content = (place / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_no_pickle(runs):
+    """torch.save writes a zip file, plain pickle a byte 0x80: neither is anywhere in a run."""
+    assert runs(**TWELVE) == 0
+    for path in runs.path.rglob("*"):
+        if path.is_file():
+            assert path.suffix in (".safetensors", ".json", ".jsonl", ".diff") or path.name == ".lock"
+            assert path.read_bytes()[:1] not in (b"P", b"\x80"), path
+
+
+def test_a_copied_directory_is_enough(runs, tmp_path):
+    assert runs(**TWELVE) == 0
+    shutil.copytree(runs.path / "step-00000012", tmp_path / "elsewhere")
+    shutil.rmtree(runs.out_dir)
+    model = checkpoint.load_model(tmp_path / "elsewhere")
+    assert model.config == TINY and model.lm_head.weight is model.transformer.wte.weight
+    saved = load_file(tmp_path / "elsewhere" / "model.safetensors")
+    assert all(torch.equal(weight, saved[name]) for name, weight in model.named_parameters())
+    assert not torch.equal(saved["transformer.wte.weight"], GPT(TINY).transformer.wte.weight)
+
+
+@pytest.mark.parametrize(("save_every", "keep_last", "expected"), [
+    (0, 2, []), (1, 2, [11, 12]), (1, 3, [10, 11, 12]), (5, 2, [10, 12]), (5, 9, [5, 10, 12]), (6, 2, [6, 12]),
+    (100, 2, [12])])
+def test_which_checkpoints_stay(runs, save_every, keep_last, expected):
+    assert runs(**TWELVE | {"save_every": save_every, "keep_last": keep_last}) == 0
+    assert steps(runs.path) == expected
+
+
+def test_order_of_writing(runs, monkeypatch):
+    """Each file and the directory are on disk before the rename; the rename before an older checkpoint goes."""
+    events = []
+    fsync, rename, rmtree = os.fsync, Path.rename, shutil.rmtree
+
+    def record_fsync(descriptor):
+        fsync(descriptor)
+        events.append(("fsync", os.fstat(descriptor).st_ino))
+
+    def record_rename(self, target):
+        inode = {path.name: path.stat().st_ino for path in (self, *self.iterdir())}
+        times = {path.name: path.stat().st_mtime_ns for path in self.iterdir()}
+        assert times["manifest.json"] == max(times.values())
+        events.append(("rename", Path(target).name, inode))
+        return rename(self, target)
+
+    def record_rmtree(path, *arguments, **options):
+        if Path(path).exists():
+            events.append(("remove", Path(path).name))
+        return rmtree(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "rename", record_rename)
+    monkeypatch.setattr(shutil, "rmtree", record_rmtree)
+    assert runs(**TWELVE) == 0
+    monkeypatch.undo()
+    renames = [index for index, event in enumerate(events) if event[0] == "rename"]
+    assert [events[index][1] for index in renames] == ["step-00000005", "step-00000010", "step-00000012"]
+    for index in renames:
+        inodes = events[index][2]
+        assert len(inodes) == 5
+        synced = {event[1] for event in events[:index] if event[0] == "fsync"}
+        assert [name for name, inode in inodes.items() if inode not in synced] == []
+        assert events[index + 1] == ("fsync", runs.path.stat().st_ino)
+    assert [event for event in events if event[0] == "remove"] == [("remove", "step-00000005")]
+    assert events.index(("remove", "step-00000005")) > renames[2] + 1
+
+
+# -----------------------------------------------------------------------------
+# a disk that is full
+
+
+def full(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_in_rust(*arguments, **options):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def file_size_limit(tensors, path):
+    """A real error of the system, without a full disk: no file may grow beyond 10 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        save_file(tensors, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+save_file = checkpoint.save_file
+
+
+@pytest.mark.parametrize(("function", "failure", "message"), [
+    ("save_file", full, "No space left on device"), ("save_file", full_in_rust, "No space left on device"),
+    ("save_file", file_size_limit, "File too large"), ("fsync", full, "No space left on device")],
+    ids=["save_file", "safetensors", "file size limit", "fsync"])
+def test_disk_full_at_a_checkpoint(runs, whole, capsys, function, failure, message):
+    original, saved = checkpoint.save, []
+
+    def save(run_directory, step, *arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 10:
+                patch.setattr(checkpoint, function, failure)
+            saved.append(step)
+            return original(run_directory, step, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        assert runs(**TWELVE) == 5
+    err = capsys.readouterr().err
+    assert f"error: cannot write to {runs.path}" in err and message in err and "Traceback" not in err
+    assert saved == [5, 10] and steps(runs.path) == [5]
+    assert status(runs.path)["code"] == 5
+    assert checkpoint.find_fault(runs.path / "step-00000005") is None
+    assert {path.name for path in runs.path.iterdir()} == {
+        ".lock", "config.json", "source.diff", "metrics.jsonl", "status.json", "step-00000005"}
+    assert runs(**TWELVE) == 0  # with space again
+    assert_same_result(runs.path, whole())
+
+
+def test_what_a_killed_process_left_half_written_is_cleared(runs, whole):
+    (runs.path / ".saving-step-00000005").mkdir(parents=True)
+    (runs.path / ".saving-step-00000005" / "model.safetensors").write_text("half")
+    assert runs(**TWELVE) == 0
+    assert_same_result(runs.path, whole())
+    assert not list(runs.path.glob(".saving*"))
+
+
+# -----------------------------------------------------------------------------
+# damage
+
+
+def flip(name, place):
+    def damage(checkpoint_, other):
+        content = bytearray((checkpoint_ / name).read_bytes())
+        content[int(place * len(content))] ^= 1
+        (checkpoint_ / name).write_bytes(content)
+    return damage
+
+
+def swap_all(checkpoint_, other):
+    shutil.rmtree(checkpoint_)
+    shutil.copytree(other, checkpoint_)
+
+
+DAMAGE = {
+    "a bit of the weights": (flip("model.safetensors", 0.7), "model.safetensors"),
+    "a bit of the header": (flip("model.safetensors", 0), "model.safetensors"),
+    "a bit of the moments": (flip("optim.safetensors", 0.5), "optim.safetensors"),
+    "a bit of the state": (flip("state.json", 0.5), "state.json"),
+    "a bit of the manifest": (flip("manifest.json", 0.6), ""),
+    "cut off": (lambda c, o: os.truncate(c / "optim.safetensors", 1000), "optim.safetensors has 1000 bytes"),
+    "empty": (lambda c, o: os.truncate(c / "model.safetensors", 0), "model.safetensors has 0 bytes"),
+    "no manifest": (lambda c, o: (c / "manifest.json").unlink(), "manifest.json"),
+    "no weights": (lambda c, o: (c / "model.safetensors").unlink(), "model.safetensors"),
+    "empty manifest": (lambda c, o: (c / "manifest.json").write_text(""), "manifest.json"),
+    "another manifest": (lambda c, o: (c / "manifest.json").write_text("[]"), "manifest.json"),
+    "manifest of bytes": (lambda c, o: (c / "manifest.json").write_bytes(b"\xff\xfe"), "manifest.json"),
+    "weights of another step": (
+        lambda c, o: shutil.copy(o / "model.safetensors", c / "model.safetensors"), "model.safetensors"),
+    "all of another step": (swap_all, "another step"),
+    "nothing left": (lambda c, o: [path.unlink() for path in c.iterdir()], "manifest.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_skipped(runs, whole, capsys, name):
+    """With a line that says why; the next older one leads to the same result."""
+    assert runs(**TWELVE, stop_after=10) == 0
+    damage, expected = DAMAGE[name]
+    damage(runs.path / "step-00000010", runs.path / "step-00000005")
+    capsys.readouterr()
+    assert runs(**TWELVE) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("skipping "))
+    assert "step-00000010" in line and expected in line
+    assert f"resuming from {runs.path / 'step-00000005'}\n" in out
+    assert_same_result(runs.path, whole())
+    assert [checkpoint.find_fault(path) for path in checkpoint.list_checkpoints(runs.path)] == [None, None]
+
+
+def test_no_valid_checkpoint(runs, capsys):
+    assert runs(**TWELVE, stop_after=10) == 0
+    for path in checkpoint.list_checkpoints(runs.path):
+        DAMAGE["a bit of the weights"][0](path, None)
+    capsys.readouterr()
+    before = tree(runs.path)
+    assert runs(**TWELVE) == 4
+    out, err = capsys.readouterr()
+    assert out.count("skipping ") == 2 and "step-00000005" in err and "step-00000010" in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    after = tree(runs.path)
+    assert [path for path in before if path not in after] == []  # nothing is deleted
+    assert {path: value for path, value in after.items() if "step-" in path or "metrics" in path} == {
+        path: value for path, value in before.items() if "step-" in path or "metrics" in path}
+
+
+def test_damaged_checkpoints_do_not_push_out_valid_ones(runs, whole):
+    """keep_last counts what can be read: two newer damaged ones must not cost the only one that is left."""
+    assert runs(**TWELVE | {"save_every": 4, "keep_last": 3}, stop_after=11) == 0
+    assert steps(runs.path) == [4, 8, 11]
+    for step in 8, 11:
+        DAMAGE["no manifest"][0](runs.path / f"step-{step:08d}", None)
+    assert runs(**TWELVE | {"save_every": 6}, stop_after=7) == 0
+    valid = [path.name for path in checkpoint.list_checkpoints(runs.path) if checkpoint.find_fault(path) is None]
+    assert valid[0] == "step-00000007" and len(valid) == 2
+    assert runs(**TWELVE) == 0
+    assert_same_result(runs.path, whole())
+
+
+def test_find(runs, monkeypatch):
+    assert runs(run_name="b", save_every=6) == 0
+    assert runs(run_name="a", save_every=6) == 0
+    newest = runs.out_dir / "a" / "step-00000006"
+    assert checkpoint.find("a", runs.out_dir) == checkpoint.find(str(runs.out_dir / "a"), "runs") == newest
+    with pytest.raises(rundir.BadOption, match=r"no run 'c' .*: a, b$"):
+        checkpoint.find("c", runs.out_dir)
+    with pytest.raises(rundir.BadOption, match=r"none$"):
+        checkpoint.find("c", runs.directory / "nowhere")
+
+
+def test_weights_of_another_model_are_refused(runs):
+    assert runs(save_every=6) == 0
+    wider = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128, vocab_size=small.VOCAB))
+    before = wider.transformer.wte.weight.clone()
+    with pytest.raises(rundir.BadOption, match="another model"):
+        checkpoint.load_weights(runs.path / "step-00000006", wider)
+    assert torch.equal(wider.transformer.wte.weight, before)

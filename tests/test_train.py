@@ -1,0 +1,798 @@
+"""
+train_gpt2.py end to end on the model `tiny`: what it computes, what it writes, how it ends.
+Most runs are in this process (tests/small.py); signals and torchrun get processes of their own.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small
+import torch
+import torch.nn.functional as F
+from small import BATCH_TOKENS, VOCAB, T, assert_same_result, losses, metrics, status, steps, tree, wait_for
+
+import checkpoint
+import rundir
+import train_gpt2
+from data.shards import write_shard
+from data.tokenizer import gpt2
+from memory import predict_training_mib
+from model import GPT, GPTConfig
+
+runs = small.runs
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=VOCAB)
+
+
+def read_tokens(path):
+    """Tokens of a shard, by the format alone."""
+    return np.frombuffer(path.read_bytes()[1024:], dtype="<u2").astype(np.int64)
+
+
+def window(tokens, index):
+    """Inputs and targets (T,) of one window."""
+    piece = torch.from_numpy(tokens[index * T : index * T + T + 1])
+    return piece[:-1], piece[1:]
+
+
+def batch(tokens, indices):
+    inputs, targets = zip(*(window(tokens, int(index)) for index in indices), strict=True)
+    return torch.stack(inputs), torch.stack(targets)
+
+
+def close_to(actual, expected):
+    """Losses, gradient norms and evaluations, one line for each step."""
+    rows, expected_rows = metrics(actual), metrics(expected)
+    assert [row["step"] for row in rows] == [row["step"] for row in expected_rows]
+    for key, tolerance in {"loss": 1e-6, "val_loss": 1e-6, "grad_norm": 1e-4, "lr": 0, "tokens": 0}.items():
+        values = [row[key] for row in rows if key in row]
+        assert values == pytest.approx([row[key] for row in expected_rows if key in row], rel=tolerance), key
+
+
+def assert_close(checkpoint, expected):
+    """Weights and optimizer state; Adam turns rounding into more than rounding where a gradient is almost 0."""
+    expected = small.tensors(expected)
+    for name, value in small.tensors(checkpoint).items():
+        assert (value - expected[name]).norm() <= 1e-3 * expected[name].norm(), name
+
+
+# -----------------------------------------------------------------------------
+# what a step computes
+
+
+def test_same_seed_same_losses_and_another_seed_others(runs):
+    for name, seed in ("a", 0), ("b", 0), ("c", 1):
+        torch.manual_seed(len(name))  # what happened before must not matter
+        assert runs(run_name=name, seed=seed, save_every=100) == 0
+        torch.rand(7)
+    a, b, c = (runs.out_dir / name for name in "abc")
+    assert_same_result(a, b)
+    assert not set(losses(a)) & set(losses(c))
+    for run in a, b, c:
+        assert losses(run)[0] == pytest.approx(math.log(VOCAB), abs=0.15)
+        assert losses(run)[-1] < losses(run)[0] - 0.1
+
+
+def test_the_seed_sets_the_order_of_the_data_too(runs, monkeypatch):
+    """With the same initial weights, another seed still gives another first loss."""
+    original = GPT.init_weights
+    monkeypatch.setattr(GPT, "init_weights", lambda self, seed: original(self, 0))
+    for seed in 0, 1:
+        assert runs(run_name=f"seed{seed}", seed=seed, max_steps=2) == 0
+    assert losses(runs.out_dir / "seed0")[0] != losses(runs.out_dir / "seed1")[0]
+
+
+def test_accumulation_changes_rounding_only(runs):
+    for batch_size in 1, 2, 4:
+        assert runs(run_name=f"b{batch_size}", batch_size=batch_size, learning_rate=1e-3, save_every=100,
+                    val_every=3) == 0
+    whole = runs.out_dir / "b4"
+    for batch_size in 1, 2:
+        run = runs.out_dir / f"b{batch_size}"
+        close_to(run, whole)
+        assert_close(run / "step-00000006", whole / "step-00000006")
+
+
+@pytest.mark.parametrize(("batch_size", "grad_clip", "schedule"), [(4, 0.5, "cosine"), (1, 0.0, "linear")])
+def test_three_updates_by_hand(runs, batch_size, grad_clip, schedule):
+    """AdamW, clipping, schedule and data order in plain code."""
+    options = {"batch_size": batch_size, "grad_clip": grad_clip, "schedule": schedule, "seed": 3, "beta1": 0.8,
+               "beta2": 0.9, "weight_decay": 0.3, "final_lr_fraction": 0.25, "max_steps": 5, "warmup_steps": 1}
+    assert runs(**options, stop_after=3, save_every=100) == 0
+
+    tokens = read_tokens(runs.data / "train_000000.bin")
+    n_windows = (len(tokens) - 1) // T
+    order = np.random.Generator(np.random.Philox(key=[3, 0])).permutation(n_windows)
+    remaining = {"cosine": [1, 1, (1 + math.cos(math.pi / 4)) / 2], "linear": [1, 1, 3 / 4]}[schedule]
+    gpt = GPT(TINY, seed=3)
+    weights = dict(gpt.named_parameters())
+    m, v = ({name: torch.zeros_like(weight) for name, weight in weights.items()} for _ in range(2))
+    for step in range(3):
+        gpt.zero_grad()
+        loss = gpt(*batch(tokens, order[4 * step : 4 * step + 4]))[1]
+        loss.backward()
+        norm = math.sqrt(sum(weight.grad.double().pow(2).sum().item() for weight in weights.values()))
+        scale = min(1, grad_clip / norm) if grad_clip else 1
+        lr = 1e-2 * (0.25 + 0.75 * remaining[step])
+        row = metrics(runs.path)[step]
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert row["lr"] == pytest.approx(lr, rel=1e-12)
+        assert not grad_clip or scale < 1, "the test wants clipping at work"
+        with torch.no_grad():
+            for name, weight in weights.items():
+                grad = weight.grad * scale
+                m[name] = 0.8 * m[name] + 0.2 * grad
+                v[name] = 0.9 * v[name] + 0.1 * grad**2
+                weight *= 1 - lr * 0.3
+                weight -= lr * (m[name] / (1 - 0.8 ** (step + 1))) / (
+                    (v[name] / (1 - 0.9 ** (step + 1))).sqrt() + 1e-8)
+    saved = small.tensors(runs.path / "step-00000003")
+    for name, weight in weights.items():
+        assert (saved[name] - weight).norm() < 1e-5 * weight.norm(), name
+        assert (saved[f"{name}/exp_avg"] - m[name]).norm() < 1e-4 * m[name].norm(), name
+
+
+def test_bfloat16_rounds_the_products_only(runs):
+    for dtype in "float32", "bfloat16":
+        assert runs(run_name=dtype, dtype=dtype, max_steps=3, save_every=3) == 0
+    exact, rounded = (runs.out_dir / name for name in ("float32", "bfloat16"))
+    assert losses(exact) != losses(rounded)
+    assert losses(rounded) == pytest.approx(losses(exact), rel=1e-2)
+    assert {weight.dtype for weight in small.tensors(rounded / "step-00000003").values()} == {torch.float32}
+
+
+# -----------------------------------------------------------------------------
+# what it writes
+
+KEYS = ["step", "tokens", "time_s", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu", "peak_mib"]
+
+
+def test_metrics(runs):
+    assert runs(max_steps=7, val_every=3) == 0
+    rows = metrics(runs.path)
+    assert len(rows) == 7
+    time_s = 0.0
+    for n, row in enumerate(rows, 1):
+        assert list(row) == ([*KEYS, "val_loss", "bits_per_byte"] if n in (3, 6, 7) else KEYS)
+        assert (row["step"], row["tokens"]) == (n, n * BATCH_TOKENS)
+        time_s += row["step_ms"] / 1000
+        assert row["time_s"] == pytest.approx(time_s)
+        assert row["tokens_per_s"] == pytest.approx(BATCH_TOKENS / row["step_ms"] * 1000)
+        assert row["mfu"] is None and row["peak_mib"] is None  # a CPU
+        assert row.get("bits_per_byte") is None  # the tokenizer is not known
+    assert [row["lr"] for row in rows[:2]] == [1e-2 / 2, 1e-2]
+
+
+@pytest.mark.parametrize(("val_every", "expected"), [(0, []), (1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (50, [6])])
+def test_val_every(runs, val_every, expected):
+    assert runs(val_every=val_every) == 0
+    assert [row["step"] for row in metrics(runs.path) if "val_loss" in row] == expected
+
+
+def test_evaluating_changes_nothing_else(runs):
+    for val_every in 0, 2:
+        assert runs(run_name=f"val{val_every}", val_every=val_every, save_every=6) == 0
+    assert losses(runs.out_dir / "val0") == losses(runs.out_dir / "val2")
+
+
+def test_config_and_source(runs):
+    assert runs(save_every=6) == 0
+    config = json.loads((runs.path / "config.json").read_text())
+    assert config["model_config"]["n_layer"] == 2 and config["model_config"]["vocab_size"] == VOCAB
+    assert config["train_config"]["learning_rate"] == 1e-2 and config["train_config"]["data"] == str(runs.data)
+    assert config["versions"]["torch"] == torch.__version__ and config["versions"]["device"] == "CPU"
+    assert config["tokenizer"] is None
+    state = json.loads((runs.path / "step-00000006" / "state.json").read_text())
+    assert state == {"step": 6, **config}
+    assert status(runs.path) == {"reason": "finished", "step": 6, "code": 0}
+    assert {path.name for path in runs.path.iterdir()} == {
+        ".lock", "config.json", "source.diff", "metrics.jsonl", "status.json", "step-00000006"}
+
+
+@pytest.mark.parametrize("change", [b"after\n", b"caf\xe9\n"], ids=["ASCII", "Latin-1"])
+def test_source_diff_is_the_commit_and_what_changed(tmp_path, monkeypatch, change):
+    def git(*arguments):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        return subprocess.run(["git", *identity, *arguments], cwd=tmp_path / "code", check=True, capture_output=True,
+                              text=True).stdout
+
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "model.py").write_text("before\n")
+    git("init", "-q")
+    git("add", "model.py")
+    git("commit", "-qm", "one")
+    (tmp_path / "code" / "model.py").write_bytes(change)
+    monkeypatch.setattr(rundir, "__file__", str(tmp_path / "code" / "rundir.py"))
+    run = rundir.RunDir(tmp_path / "run")
+    run.open()
+    run.begin({})
+    source = (tmp_path / "run" / "source.diff").read_bytes()
+    assert source.startswith(git("rev-parse", "HEAD").encode())
+    assert b"-before\n" in source and b"\n+" + change[:3] in source
+
+
+def test_log_writes_json_whatever_the_numbers_are(tmp_path):
+    run = rundir.RunDir(tmp_path / "run")
+    run.open()
+    assert run.open_metrics(0) == 0.0
+    run.log({"step": 1, "loss": math.nan, "grad_norm": math.inf, "lr": -math.inf, "mfu": None, "tokens": 7})
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(text, parse_constant=refuse) == {
+        "step": 1, "loss": None, "grad_norm": None, "lr": None, "mfu": None, "tokens": 7}
+
+
+# -----------------------------------------------------------------------------
+# evaluation
+
+
+@pytest.fixture(scope="module")
+def gpt2_runs(tmp_path_factory):
+    """A data set of GPT-2 tokens: 5 validation windows and 11 tokens more; <|endoftext|> is among the targets."""
+    directory = tmp_path_factory.mktemp("gpt2")
+    small.make_data(directory / "data", n_train=40 * T, n_val=5 * T + 12, tokenizer="gpt2", vocab_size=50257)
+    path = directory / "data" / "val_000000.bin"
+    tokens = read_tokens(path)
+    tokens[[0, 40, 41, 100]] = 50256
+    write_shard(path, tokens)
+    (directory / "data" / "manifest.json").unlink()  # built again
+    return small.Runs(directory)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize(("val_tokens", "n_windows"), [(3 * T, 3), (3 * T + 31, 3), (10**9, 5)])
+def test_evaluation_by_hand(gpt2_runs, capsys, batch_size, val_tokens, n_windows):
+    """val_loss is the mean over the first windows, however they are batched; bits per byte counts bytes of text."""
+    name = f"{batch_size}-{val_tokens}"
+    assert gpt2_runs(run_name=name, batch_size=batch_size, val_tokens=val_tokens, vocab_size=50304, max_steps=2,
+                     val_every=5, save_every=5) == 0
+    run = gpt2_runs.out_dir / name
+    assert f"first {n_windows * T:,} targets" in capsys.readouterr().out
+    tokens = read_tokens(gpt2_runs.data / "val_000000.bin")
+    inputs, targets = batch(tokens, range(n_windows))
+    with torch.no_grad():
+        logits = checkpoint.load_model(run / "step-00000002")(inputs)[0]
+    nats = F.cross_entropy(logits.flatten(0, 1).double(), targets.flatten(), reduction="none")
+    n_bytes = sum(len(gpt2().decode_single_token_bytes(t)) for t in targets.flatten().tolist() if t != 50256)
+    assert (targets == 50256).sum() == 2 + (n_windows > 3)
+    row = metrics(run)[-1]
+    assert row["val_loss"] == pytest.approx(nats.mean().item(), rel=1e-6)
+    assert row["bits_per_byte"] == pytest.approx(nats.sum().item() / math.log(2) / n_bytes, rel=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# bad data, and places that cannot be written: known before a model is built
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Building a model with real weights is a failure; on `meta`, for the plan, it is not."""
+    original = GPT.init_weights
+
+    def init_weights(self, seed):
+        assert self.lm_head.weight.is_meta, "a model was built"
+        return original(self, seed)
+
+    monkeypatch.setattr(GPT, "init_weights", init_weights)
+
+
+def patch_bytes(path, offset, data):
+    content = bytearray(path.read_bytes())
+    content[offset : offset + len(data)] = data
+    path.write_bytes(content)
+
+
+BAD_DATA = {
+    "missing": (lambda d: d.rename(d.with_name("moved")), {}, ["no such data directory"]),
+    "empty": (lambda d: [path.unlink() for path in d.iterdir()], {}, ["no train shards"]),
+    "only a manifest": (lambda d: [path.unlink() for path in d.glob("*.bin")], {}, ["no train shards"]),
+    "no validation shards": (lambda d: (d / "val_000000.bin").unlink(), {}, ["no val shards"]),
+    "wrong magic": (lambda d: patch_bytes(d / "val_000000.bin", 0, b"\1"), {}, ["val_000000.bin", "magic", "20240520"]),
+    "cut off": (lambda d: os.truncate(d / "train_000000.bin", 2000), {}, ["train_000000.bin", "2000 bytes", "1200"]),
+    "not the tokens of the manifest": (
+        lambda d: patch_bytes(d / "train_000000.bin", 1024, b"\7\0"), {}, ["train_000000.bin", "sha256"]),
+    "broken manifest": (lambda d: (d / "manifest.json").write_text("{"), {}, ["manifest.json"]),
+    "ids too large for the model": (lambda d: None, {"vocab_size": 400}, ["token id", "model", "400"]),
+    "no validation window": (lambda d: None, {"sequence_length": 512, "total_batch_tokens": 512, "val_tokens": 512},
+                             ["val_000000.bin", "300 tokens", "--sequence_length 299"]),
+    "no training window": (lambda d: None, {"sequence_length": 1200, "total_batch_tokens": 1200, "val_tokens": 1200},
+                           ["train_000000.bin", "1200 tokens", "--sequence_length 1199"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data(runs, capsys, no_model, name):
+    damage, changes, expected = BAD_DATA[name]
+    damage(runs.data)
+    assert runs(**changes) == 7
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert [word for word in expected if word not in err] == []
+    assert not runs.out_dir.exists()
+
+
+def test_data_that_is_cut_off_during_the_run_ends_it_in_good_order(runs, capsys, monkeypatch):
+    original = rundir.RunDir.log
+
+    def log(self, row):
+        original(self, row)
+        if row["step"] == 3:
+            os.truncate(runs.data / "train_000000.bin", 1024)
+
+    monkeypatch.setattr(rundir.RunDir, "log", log)
+    assert runs(max_steps=12, save_every=2) == 7
+    assert "train_000000.bin" in capsys.readouterr().err and status(runs.path)["code"] == 7
+    assert checkpoint.find_fault(checkpoint.list_checkpoints(runs.path)[0]) is None
+
+
+def test_verify_data_finds_what_size_and_time_do_not_show(runs):
+    assert runs(run_name="before") == 0
+    path = runs.data / "train_000000.bin"
+    times = path.stat()
+    patch_bytes(path, 1024, bytes([read_tokens(path)[0] % 256 ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert runs(run_name="trusting") == 0
+    assert runs(run_name="verifying", verify_data=True) == 7
+
+
+def test_a_file_in_the_way(runs, capsys, no_model):
+    for out_dir in (runs.directory / "file", runs.directory / "file" / "below"):
+        (runs.directory / "file").write_text("mine")
+        assert runs(out_dir=out_dir) == 5
+        assert str(runs.directory / "file") in capsys.readouterr().err
+    runs.out_dir.mkdir()
+    runs.path.write_text("mine")  # in place of the run directory
+    assert runs() == 5
+    assert runs.path.read_text() == (runs.directory / "file").read_text() == "mine"
+
+
+def test_no_permission(runs, capsys, no_model, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode, **options: mode != os.W_OK)
+    assert runs() == 5
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and str(runs.directory) in err
+    assert not runs.out_dir.exists()
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o000], ids=["read only", "nothing allowed"])
+def test_no_permission_for_a_user_without_rights(runs, capsys, no_model, mode):
+    """Really: as root the test takes the identity of `nobody` for as long as main runs."""
+    place = Path(tempfile.mkdtemp())  # pytest's own directories are closed to nobody
+    place.chmod(mode)
+    is_root = os.getuid() == 0
+    try:
+        if is_root:
+            os.setresuid(65534, 65534, 0)
+        code = runs(out_dir=place / "runs")
+    finally:
+        if is_root:
+            os.setresuid(0, 0, 0)
+        place.chmod(0o700)
+        place.rmdir()  # empty
+    err = capsys.readouterr().err
+    assert code == 5 and "Traceback" not in err and str(place) in err
+
+
+def test_a_read_only_file_system(runs, no_model):
+    place = runs.directory / "mounted"
+    place.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", str(place)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        assert runs(out_dir=place / "runs") == 5
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_metrics_that_cannot_be_written_end_the_run(runs, capsys, monkeypatch):
+    class Full:
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    original = rundir.RunDir.open_metrics
+
+    def open_metrics(self, step):
+        time_s = original(self, step)
+        self.metrics = Full()
+        return time_s
+
+    monkeypatch.setattr(rundir.RunDir, "open_metrics", open_metrics)
+    assert runs() == 5
+    err = capsys.readouterr().err
+    assert f"cannot write to {runs.path}: No space left on device" in err and "Traceback" not in err
+
+
+def test_run_directory_in_use(runs, capsys, no_model):
+    runs.path.mkdir(parents=True)
+    with open(runs.path / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = tree(runs.path)
+        assert runs() == 3
+        err = capsys.readouterr().err
+        assert str(runs.path) in err and err.startswith("error: ") and err.count("\n") == 1
+        assert tree(runs.path) == before
+
+
+def test_the_lock_is_free_after_a_run_and_held_during_it(runs, monkeypatch):
+    seen = []
+    original = rundir.RunDir.log
+
+    def log(self, row):
+        original(self, row)
+        if row["step"] == 2:
+            seen.append(runs())
+
+    monkeypatch.setattr(rundir.RunDir, "log", log)
+    assert runs() == 0 and seen == [3]
+    with open(runs.path / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# -----------------------------------------------------------------------------
+# signals
+
+
+def signal_at(monkeypatch, step, *numbers):
+    """Sends the signals to this process when this step has been logged."""
+    original = rundir.RunDir.log
+
+    def log(self, row):
+        original(self, row)
+        if row["step"] == step:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(rundir.RunDir, "log", log)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("save_every", [100, 2])
+def test_a_signal_stops_after_a_step_and_the_same_line_continues(runs, capsys, number, save_every):
+    options = {"max_steps": 9, "save_every": save_every, "val_every": 4}
+    assert runs(run_name="whole", **options) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        signal_at(monkeypatch, 2, number)
+        assert runs(**options) == 75
+    name = signal.Signals(number).name
+    assert status(runs.path) == {"reason": name, "step": 3, "code": 75}
+    assert steps(runs.path)[-1] == len(metrics(runs.path)) == 3
+    assert checkpoint.find_fault(runs.path / "step-00000003") is None
+    assert f"{name}: stopped after step 3; the same line continues" in capsys.readouterr().out
+    assert runs(**options) == 0
+    assert status(runs.path) == {"reason": "finished", "step": 9, "code": 0}
+    assert_same_result(runs.path, runs.out_dir / "whole")
+
+
+def test_without_checkpoints_a_stopped_run_does_not_say_that_it_continues(runs, capsys, monkeypatch):
+    signal_at(monkeypatch, 2, signal.SIGTERM)
+    assert runs(max_steps=9, save_every=0) == 75
+    assert steps(runs.path) == []
+    assert "continues" not in capsys.readouterr().out
+
+
+def test_a_signal_in_the_last_step_finds_the_run_finished(runs, monkeypatch):
+    signal_at(monkeypatch, 6, signal.SIGTERM)
+    assert runs(save_every=4) == 0
+    assert status(runs.path)["reason"] == "finished" and steps(runs.path) == [4, 6]
+
+
+def test_a_second_ctrl_c_ends_at_once(runs, monkeypatch):
+    class Exit(BaseException):
+        pass
+
+    def leave(code):
+        raise Exit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    for first in signal.SIGINT, signal.SIGTERM:
+        with pytest.MonkeyPatch.context() as patch:
+            signal_at(patch, 2, first, signal.SIGINT)
+            with pytest.raises(Exit, match="130"):
+                runs(run_name=first.name)
+    signal_at(monkeypatch, 2, signal.SIGTERM, signal.SIGTERM)  # which stays patient
+    assert runs() == 75
+
+
+def test_ctrl_c_before_the_first_step(runs, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt2, "open_dataset", interrupt)
+    assert runs() == 130
+    assert not runs.out_dir.exists()
+
+
+LONG = {"max_steps": 100_000, "val_every": 10, "save_every": 7}
+
+
+def continues_like_the_whole(runs, step):
+    """Goes on from `step` in this process, and compares with a run that was never interrupted."""
+    assert runs(**LONG, stop_after=step + 3) == 0
+    assert runs(**LONG, stop_after=step + 3, run_name="whole") == 0
+    assert_same_result(runs.path, runs.out_dir / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_to_a_process(runs, number):
+    process = runs.start(**LONG)
+    wait_for(process, "step 20: val loss")
+    process.send_signal(number)
+    assert process.wait() == 75
+    step = status(runs.path)["step"]
+    assert status(runs.path) == {"reason": number.name, "step": step, "code": 75} and step >= 20
+    assert steps(runs.path)[-1] == len(metrics(runs.path)) == step
+    continues_like_the_whole(runs, step)
+
+
+def test_killed_process(runs):
+    """SIGKILL at any moment: the lock is free, and the same line goes on as if nothing had happened."""
+    process = runs.start(**LONG)
+    wait_for(process, "step 20: val loss")
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    continues_like_the_whole(runs, len(metrics(runs.path)))
+
+
+def test_two_ctrl_c_to_a_process(runs):
+    process = runs.start(total_batch_tokens=T * 2**15, batch_size=1, max_steps=2)  # a step of minutes
+    wait_for(process, "attention kernels")
+    process.send_signal(signal.SIGINT)
+    with open(runs.directory / "stderr") as stderr:
+        while "SIGINT: stopping after this step" not in stderr.read():
+            assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+
+
+def test_exit_codes_of_the_process(runs):
+    (runs.data / "val_000000.bin").unlink()
+    process = runs.start()
+    assert process.wait() == 7
+    assert (runs.directory / "stderr").read_text().startswith("error: ")
+
+
+# -----------------------------------------------------------------------------
+# not finite
+
+
+def run_with_loss(monkeypatch, change, from_call):
+    """GPT.run whose loss goes through `change` from this call on; the first call is the rehearsal."""
+    original, calls = GPT.run, [0]
+
+    def run(self, *arguments):
+        calls[0] += 1
+        logits, loss = original(self, *arguments)
+        return logits, change(loss) if calls[0] >= from_call else loss
+
+    monkeypatch.setattr(GPT, "run", run)
+
+
+def infinite_gradient(loss):
+    loss.register_hook(lambda gradient: gradient * math.inf)
+    return loss * 1
+
+
+@pytest.mark.parametrize("change", [lambda loss: loss * math.nan, lambda loss: loss + math.inf, infinite_gradient],
+                         ids=["nan", "inf", "gradient"])
+@pytest.mark.parametrize("grad_clip", [1.0, 0.0])
+def test_not_finite(runs, capsys, change, grad_clip):
+    options = {"save_every": 1, "keep_last": 9, "grad_clip": grad_clip}
+    assert runs(run_name="whole", **options) == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_with_loss(monkeypatch, change, from_call=1 + 3)
+        assert runs(**options) == 6
+    assert steps(runs.path) == [1, 2] and len(metrics(runs.path)) == 2
+    reason = status(runs.path).pop("reason")
+    assert status(runs.path) == {"reason": reason, "step": 2, "code": 6} and reason.startswith("step 3: loss ")
+    err = capsys.readouterr().err
+    assert f"error: {reason}\n" in err and "Traceback" not in err
+    assert runs(**options) == 0  # what was saved before is sound
+    assert_same_result(runs.path, runs.out_dir / "whole")
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases, which must never matter
+
+
+class FakeRun:
+    def __init__(self):
+        self.rows, self.finished = [], False
+
+    def log(self, row, step):
+        assert row["step"] == step
+        self.rows.append(row)
+
+    def finish(self):
+        self.finished = True
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module `wandb` that can be made to fail: its run, and the options that init got."""
+    module = types.ModuleType("wandb")
+    module.run, module.options = FakeRun(), {}
+
+    def init(**options):
+        module.options |= options
+        return module.run
+
+    module.init, module.login = init, lambda **options: False
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    return module
+
+
+def test_wandb_mirrors_every_row(runs, wandb):
+    assert runs(wandb=True, val_every=2) == 0
+    assert wandb.run.rows == metrics(runs.path) and wandb.run.finished
+    assert wandb.options["name"] == "run" and wandb.options["config"]["settings"]["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize(("key", "variable", "mode"), [
+    (False, None, "offline"), (True, None, "online"), (True, "offline", "offline"), (False, "disabled", "disabled")])
+def test_wandb_mode(runs, wandb, monkeypatch, key, variable, mode):
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    monkeypatch.setattr(wandb, "login", lambda **options: key)
+    assert runs(wandb=True, max_steps=2) == 0
+    assert wandb.options["mode"] == mode
+
+
+def test_wandb_is_not_asked_unless_wanted(runs, monkeypatch):
+    monkeypatch.setattr(rundir, "WandbMirror", None)
+    assert runs() == 0
+
+
+def fail(*arguments, **options):
+    raise RuntimeError("no route to host")
+
+
+@pytest.mark.parametrize("broken", ["missing", "login", "init", "log", "finish"])
+def test_wandb_that_fails(runs, wandb, monkeypatch, capsys, broken):
+    assert runs(run_name="without", save_every=6) == 0
+    if broken == "missing":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    else:
+        monkeypatch.setattr(wandb if broken in ("login", "init") else wandb.run, broken, fail)
+    assert runs(wandb=True, save_every=6) == 0
+    assert_same_result(runs.path, runs.out_dir / "without")
+    err = capsys.readouterr().err
+    assert err.count("wandb: ") == 1 and "Traceback" not in err
+    assert broken == "missing" or "no route to host" in err
+
+
+@pytest.mark.parametrize("stuck", ["login", "init", "log", "finish"])
+def test_wandb_that_never_answers(runs, wandb, monkeypatch, capsys, stuck):
+    assert runs(run_name="without", save_every=6) == 0
+    never = threading.Event()
+    monkeypatch.setattr(wandb if stuck in ("login", "init") else wandb.run, stuck, lambda *a, **options: never.wait())
+    join, asked = threading.Thread.join, []
+
+    def join_at_once(self, timeout=None):
+        asked.append(timeout)
+        join(self, timeout=0.01)
+
+    monkeypatch.setattr(threading.Thread, "join", join_at_once)
+    try:
+        assert runs(wandb=True, save_every=6) == 0
+        assert 10 in asked and None not in asked
+    finally:
+        never.set()
+    assert_same_result(runs.path, runs.out_dir / "without")
+    assert "wandb: not finished" in capsys.readouterr().err
+
+
+def test_wandb_that_is_slow_cannot_fill_the_memory(wandb, monkeypatch):
+    never = threading.Event()
+    monkeypatch.setattr(wandb, "login", lambda **options: never.wait())
+    mirror = rundir.WandbMirror(name="run")
+    for step in range(10_100):
+        mirror.log({"step": step})
+    assert mirror.rows.qsize() == 10_000
+    never.set()
+
+
+# -----------------------------------------------------------------------------
+# several processes: torchrun and gloo on the CPU
+
+
+def torchrun(runs, n_processes, **changes):
+    return runs.start("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes), **changes)
+
+
+def test_one_two_and_four_processes_are_one_run(runs):
+    """2 processes to step 2, 4 to step 4, 1 to the end, each from the checkpoint of the others."""
+    options = {"batch_size": 1, "learning_rate": 1e-3, "val_every": 1, "save_every": 100,
+               "val_tokens": 3 * T}  # 3 windows: one process has none to evaluate, or one less
+    assert runs(run_name="whole", **options) == 0
+    for n_processes, stop_after in (2, 2), (4, 4):
+        process = torchrun(runs, n_processes, **options, stop_after=stop_after)
+        out = process.stdout.read()
+        assert process.wait() == 0, (runs.directory / "stderr").read_text()
+        assert f"{n_processes} processes x {4 // n_processes} micro-steps x 1 sequences" in out
+        assert out.count("attention kernels") == 1 and out.count("val loss") == 2  # one process speaks
+        assert steps(runs.path)[-1] == len(metrics(runs.path)) == stop_after
+        assert status(runs.path) == {"reason": "stop_after", "step": stop_after, "code": 0}
+    assert runs(**options) == 0
+    close_to(runs.path, runs.out_dir / "whole")
+    assert_close(runs.path / "step-00000006", runs.out_dir / "whole" / "step-00000006")
+
+
+def test_signal_to_torchrun(runs):
+    process = torchrun(runs, 2, **LONG)
+    wait_for(process, "step 20: val loss")
+    process.terminate()
+    assert process.wait() != 0
+    step = status(runs.path)["step"]
+    assert status(runs.path) == {"reason": "SIGTERM", "step": step, "code": 75}
+    assert steps(runs.path)[-1] == len(metrics(runs.path)) == step
+    assert checkpoint.find_fault(checkpoint.list_checkpoints(runs.path)[0]) is None
+    assert runs(**LONG, stop_after=step + 2) == 0
+    assert len(metrics(runs.path)) == step + 2
+
+
+# -----------------------------------------------------------------------------
+# on a GPU
+
+ON_GPU = {"device": "cuda", "sequence_length": 256, "total_batch_tokens": 2048, "max_steps": 12, "val_tokens": 256,
+          "val_every": 5, "save_every": 100}
+
+
+def kernels(out):
+    return re.search(r"^attention kernels: (.*)$", out, flags=re.MULTILINE)[1]
+
+
+@pytest.mark.gpu
+def test_gpu_run_and_resume(runs, capsys):
+    """Compiled, in bfloat16."""
+    assert runs(run_name="whole", **ON_GPU) == 0
+    assert "none" not in kernels(capsys.readouterr().out)
+    rows = metrics(runs.out_dir / "whole")
+    assert all(row["peak_mib"] > 1 for row in rows) and all(0 < row["mfu"] < 1 for row in rows)
+    assert rows[0]["loss"] == pytest.approx(math.log(VOCAB), abs=0.15) and rows[-1]["loss"] < rows[0]["loss"] - 0.1
+    assert runs(**ON_GPU, stop_after=6) == 0
+    assert runs(**ON_GPU) == 0
+    assert losses(runs.path) == pytest.approx(losses(runs.out_dir / "whole"), rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_gpu_is_close_to_cpu(runs):
+    exact = {"dtype": "float32", "max_steps": 4}
+    assert runs(run_name="gpu", **ON_GPU | exact) == 0
+    assert runs(run_name="cpu", **ON_GPU | exact | {"device": "cpu", "recipe": "default"}) == 0
+    assert losses(runs.out_dir / "gpu") == pytest.approx(losses(runs.out_dir / "cpu"), rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_gpu_window_runs_in_the_fused_kernel(runs, capsys):
+    assert runs(**ON_GPU | {"model": "tiny_post_norm_qk_norm_window32"}) == 0
+    assert "flex_attention" in kernels(capsys.readouterr().out)
+    assert losses(runs.path)[-1] < losses(runs.path)[0] - 0.1
+
+
+@pytest.mark.gpu
+def test_gpu_memory_is_as_predicted(runs):
+    model, tokens = "d12_post_norm_qk_norm", 8 * 1024
+    small.make_data(runs.directory / "long", n_train=10 * tokens + 1, n_val=2000)
+    assert runs(data=runs.directory / "long", device="cuda", model=model, vocab_size=50304, sequence_length=1024,
+                total_batch_tokens=tokens, batch_size=8, max_steps=3, learning_rate=1e-4, val_tokens=1024) == 0
+    with torch.device("meta"):
+        predicted_mib = predict_training_mib(GPT(train_gpt2.VARIANTS[model]), 8, 1024)
+    assert metrics(runs.path)[-1]["peak_mib"] == pytest.approx(predicted_mib, rel=0.1)
