@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from files import fsync, sha256
 from model import GPT, GPTConfig
-from rundir import BadOption, NoValidCheckpoint
+from rundir import BadOption, NoValidCheckpoint, writing
 
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
 
@@ -51,21 +51,26 @@ def save(run_directory: Path, step: int, model: torch.nn.Module, optimizer, stat
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise error if isinstance(error, OSError) else OSError(str(error)) from error
-    target = run_directory / directory_name(step)
-    temporary.rename(target)
+    target = temporary.rename(run_directory / directory_name(step))
     fsync(run_directory)
     for old in list_checkpoints(run_directory)[keep_last:]:
         shutil.rmtree(old)
     return target
 
 
-def set_aside(run_directory: Path, step: int):
-    """Renames the checkpoints after this step, which were found invalid: they neither count nor stand in the way."""
-    for checkpoint in list_checkpoints(run_directory):
-        if checkpoint.name > directory_name(step):
-            invalid = run_directory / f"invalid-{checkpoint.name}"
-            shutil.rmtree(invalid, ignore_errors=True)
-            checkpoint.rename(invalid)
+def tidy(run_directory: Path, step: int):
+    """
+    Before a run goes on after `step` updates: renames the checkpoints after it, which were found invalid, so that they
+    neither count nor stand in the way, and removes what a killed process was writing. Raises CannotWrite.
+    """
+    with writing(run_directory):
+        for unfinished in run_directory.glob(".saving-*"):
+            shutil.rmtree(unfinished)
+        for checkpoint in list_checkpoints(run_directory):
+            if checkpoint.name > directory_name(step):
+                invalid = run_directory / f"invalid-{checkpoint.name}"
+                shutil.rmtree(invalid, ignore_errors=True)
+                checkpoint.rename(invalid)
 
 
 def directory_name(step: int) -> str:
@@ -127,14 +132,20 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def load_weights(checkpoint: Path, model: torch.nn.Module):
-    """Into the model, on whatever device it is."""
-    tensors = load_file(checkpoint / "model.safetensors")
-    weights = dict(model.named_parameters())
-    if {name: value.shape for name, value in tensors.items()} != {name: w.shape for name, w in weights.items()}:
+def check_shapes(checkpoint: Path, model: torch.nn.Module):
+    """Raises BadOption unless the checkpoint holds the parameters of this model."""
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+    if saved != {name: tuple(weight.shape) for name, weight in model.named_parameters()}:
         raise BadOption(f"{checkpoint} holds the weights of another model")
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module):
+    """Into the model, on whatever device it is. Raises BadOption if it is another model."""
+    check_shapes(checkpoint, model)
+    tensors = load_file(checkpoint / "model.safetensors")
     with torch.no_grad():
-        for name, weight in weights.items():
+        for name, weight in model.named_parameters():
             weight.copy_(tensors[name])
 
 

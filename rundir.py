@@ -86,11 +86,16 @@ class RunDir:
         except BlockingIOError as error:
             raise RunDirInUse(f"{self.path} is in use by another process") from error
 
-    def begin(self, config: dict):
-        """config.json, and in source.diff the git commit and what differs from it, if the code is a git checkout."""
+    def begin(self, config: dict, step: int):
+        """
+        config.json, and in source.diff the git commit and what differs from it, if the code is a git checkout. A run
+        that goes on after `step` updates leaves both as they are and adds source-<step>.diff.
+        """
         with writing(self.path):
-            write_json(self.path / "config.json", config)
-            (self.path / "source.diff").write_bytes(git("rev-parse", "HEAD") + git("diff", "HEAD"))
+            if step == 0:
+                write_json(self.path / "config.json", config)
+            source = self.path / (f"source-{step:08d}.diff" if step else "source.diff")
+            source.write_bytes(git("rev-parse", "HEAD") + git("diff", "HEAD"))
         self.begun = True
 
     def open_metrics(self, step: int) -> float:
@@ -110,6 +115,10 @@ class RunDir:
             self.metrics.write(json.dumps(finite) + "\n")
             self.metrics.flush()
         self.step = row["step"]
+
+    def sync(self):
+        """Waits until metrics.jsonl is on the disk: a checkpoint must not be ahead of it. Raises OSError."""
+        os.fsync(self.metrics.fileno())
 
     def close(self, reason: str, code: int):
         """status.json: how it ended. Does nothing unless the run has begun: a refused one changes nothing."""

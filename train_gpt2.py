@@ -152,11 +152,11 @@ def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes
     """
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     for inputs, targets in val_batches(windows, n_windows, batch_size, RANK, WORLD_SIZE):
-        with autocast:
-            _, loss = model(inputs.to(device), targets.to(device))
+        with autocast:  # .item() at once: a loss that is kept keeps its activations
+            loss = model(inputs.to(device), targets.to(device))[1].item()
         targets = targets[targets >= 0]
         n_bytes = 0 if text_bytes is None else text_bytes[targets].sum()
-        sums += torch.tensor([loss.item() * len(targets), len(targets), n_bytes])
+        sums += torch.tensor([loss * len(targets), len(targets), n_bytes])
     if WORLD_SIZE > 1:
         dist.all_reduce(sums)
     nats, tokens, n_bytes = sums.tolist()
@@ -179,6 +179,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     weights_from = None
     if config.init_from is not None and not checkpoint.list_checkpoints(run.path):
         weights_from = checkpoint.find(config.init_from, config.out_dir)
+        with torch.device("meta"):
+            checkpoint.check_shapes(weights_from, GPT(gpt_config))
     start = torch.zeros(1, dtype=torch.int64)
     if RANK == 0:
         run.open()
@@ -192,8 +194,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     described = {"settings": settings, "model_config": asdict(gpt_config), "train_config": asdict(config),
                  "tokenizer": dataset.tokenizer, "versions": machine.versions(device)}
     if RANK == 0:
-        run.begin(described)
-        checkpoint.set_aside(run.path, start)
+        run.begin(described, start)
+        checkpoint.tidy(run.path, start)
     stop = rundir.StopSignal(distributed=WORLD_SIZE > 1)
 
     # --- model and optimizer, new or as saved ---
@@ -234,7 +236,9 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     inputs, targets = next(batches)
     text_bytes = torch.from_numpy(token_bytes()) if dataset.tokenizer == "gpt2" else None
     n_val = min(config.val_tokens // T, len(val_windows))
-    print0(f"validation: the first {n_val * T:,} targets of {dataset.directory}")
+    n_val_total = len(val_windows) * T
+    print0(f"validation: the first {n_val * T:,} of {n_val_total:,} targets of {dataset.directory}"
+           + (f" (val_tokens={config.val_tokens:,} is more than there are)" if config.val_tokens > n_val_total else ""))
 
     # --- one rehearsal, thrown away: it compiles, and shows which attention kernels really run ---
     def rehearse():
@@ -298,9 +302,10 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             bar.update()
 
         # --- save ---
-        due = step % config.save_every == 0 or step == last_step or stopping if config.save_every else False
+        due = config.save_every > 0 and (step % config.save_every == 0 or step == last_step or stopping)
         if due and RANK == 0:
             with rundir.writing(run.path):
+                run.sync()
                 checkpoint.save(run.path, step, model, optimizer, described, config.keep_last)
         if stopping:
             break

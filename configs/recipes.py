@@ -1,7 +1,6 @@
 """How to train: every option of train_gpt2.py, and the recipes, which are named sets of values for them."""
 
-import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -95,7 +94,7 @@ class TrainConfig:
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if not (math.isfinite(value) and low <= value <= high):
+            if not low <= value <= high:  # nan fails too
                 raise ValueError(f"{name}={value} must lie between {low} and {high}")
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}")
@@ -110,11 +109,11 @@ class TrainConfig:
             raise ValueError(f"run_name={self.run_name!r} must be the name of one directory")
 
 
-# options on which the trained weights depend; the others move rounding at most, or only what is recorded
+# options on which the trained weights depend, in the order of a run's name; the others move rounding at most
 RESULT_FIELDS = (
-    "recipe", "data", "seed", "sequence_length", "total_batch_tokens", "max_steps", "optimizer", "learning_rate",
+    "recipe", "data", "sequence_length", "total_batch_tokens", "max_steps", "optimizer", "learning_rate",
     "final_lr_fraction", "schedule", "warmup_steps", "beta1", "beta2", "weight_decay", "grad_clip", "init_from",
-    "dtype",
+    "dtype", "seed",
 )
 
 RECIPES = {
@@ -150,10 +149,10 @@ def run_name(config: TrainConfig, model_name: str) -> str:
     """The model's name, then `-field=value` for each option that changes the result and differs from the recipe."""
     if config.run_name is not None:
         return config.run_name
-    usual = replace(recipe(config.recipe), recipe="default")
+    usual = asdict(recipe(config.recipe)) | {"recipe": "default"}  # so that another recipe is in the name
     name = model_name
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in RESULT_FIELDS and value != getattr(usual, field.name):
-            name += f"-{field.name}={Path(value).name if field.name in ('data', 'init_from') else value}"
+    for field in RESULT_FIELDS:
+        value = getattr(config, field)
+        if value != usual[field]:
+            name += f"-{field}={Path(value).name if field in ('data', 'init_from') else value}"
     return name

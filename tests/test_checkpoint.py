@@ -223,6 +223,7 @@ def test_init_from_what_does_not_fit(runs, capsys):
     assert runs(init_from="frist") == 2
     assert "'frist'" in (err := capsys.readouterr().err) and "first" in err.replace("frist", "")
     assert not runs.path.exists()
+    assert runs(init_from="first", n_layer=3, run_name="other") == 2 and not (runs.out_dir / "other").exists()
     assert runs(init_from="first", n_layer=3) == 2
     assert "another model" in (err := capsys.readouterr().err) and "Traceback" not in err
     assert runs(init_from="first", n_layer=3, run_name="deeper") == 2  # and again: nothing is half begun
@@ -463,6 +464,23 @@ def test_damaged_checkpoints_do_not_push_out_valid_ones(runs, whole):
     assert valid[0] == "step-00000007" and len(valid) == 2
     assert runs(**TWELVE) == 0
     assert_same_result(runs.path, whole())
+
+
+def test_what_a_killed_process_was_writing_is_removed(runs):
+    assert runs(save_every=2, stop_after=2) == 0
+    (runs.path / ".saving-step-00000003").mkdir()
+    assert runs(save_every=2) == 0
+    assert not list(runs.path.glob(".saving-*"))
+
+
+def test_the_code_that_began_a_run_stays_on_record(runs):
+    assert runs(save_every=2, stop_after=2) == 0
+    before = tree(runs.path)
+    assert runs(save_every=2, batch_size=2) == 0
+    after = tree(runs.path)
+    same = [path for path in before if path.split("/")[-1] in ("config.json", "source.diff")]
+    assert len(same) == 2 and all(before[path] == after[path] for path in same)
+    assert (runs.path / "source-00000002.diff").exists()
 
 
 def test_find(runs, monkeypatch):

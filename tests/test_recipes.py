@@ -150,7 +150,7 @@ def test_run_names():
     assert name("--recipe", "short700", "--max_steps", "900") == "d12-recipe=short700-max_steps=900"
     assert name("--recipe", "short700", "--learning_rate", "1.5e-3") == "d12-recipe=short700"
     both = name("--recipe", "default", "--model", "d12_qk_norm", "--learning_rate", "1e-3", "--seed", "2")
-    assert sorted(both.split("-")) == ["d12_qk_norm", "learning_rate=0.001", "seed=2"]
+    assert both == "d12_qk_norm-learning_rate=0.001-seed=2"
     assert name("--recipe", "default", "--model", "tiny", "--vocab_size", "512") == "tiny-vocab_size=512"
     assert name("--recipe", "default", "--data", "/a/b/books", "--init_from", "/runs/old") == (
         "d12-data=books-init_from=old")
@@ -160,8 +160,8 @@ def test_run_names():
 def test_the_run_is_in_the_directory_of_its_name(runs):
     changes = {"run_name": None, "recipe": "default", "seed": 5, "n_layer": 1}
     assert runs(**changes, max_steps=2) == 0
-    expected = ("d1_2heads_64wide-vocab_size=512-data=data-seed=5-sequence_length=32-total_batch_tokens=128"
-                "-max_steps=2-learning_rate=0.01-warmup_steps=2")
+    expected = ("d1_2heads_64wide-vocab_size=512-data=data-sequence_length=32-total_batch_tokens=128"
+                "-max_steps=2-learning_rate=0.01-warmup_steps=2-seed=5")
     assert [path.name for path in runs.out_dir.iterdir()] == [expected]
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -218,7 +219,7 @@ def test_source_diff_is_the_commit_and_what_changed(tmp_path, monkeypatch, chang
     monkeypatch.setattr(rundir, "__file__", str(tmp_path / "code" / "rundir.py"))
     run = rundir.RunDir(tmp_path / "run")
     run.open()
-    run.begin({})
+    run.begin({}, 0)
     source = (tmp_path / "run" / "source.diff").read_bytes()
     assert source.startswith(git("rev-parse", "HEAD").encode())
     assert b"-before\n" in source and b"\n+" + change[:3] in source
@@ -263,7 +264,8 @@ def test_evaluation_by_hand(gpt2_runs, capsys, batch_size, val_tokens, n_windows
     assert gpt2_runs(run_name=name, batch_size=batch_size, val_tokens=val_tokens, vocab_size=50304, max_steps=2,
                      val_every=5, save_every=5) == 0
     run = gpt2_runs.out_dir / name
-    assert f"first {n_windows * T:,} targets" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"first {n_windows * T:,} of " in out and ("more than there are" in out) == (val_tokens > n_windows * T + T)
     tokens = read_tokens(gpt2_runs.data / "val_000000.bin")
     inputs, targets = batch(tokens, range(n_windows))
     with torch.no_grad():
@@ -274,6 +276,21 @@ def test_evaluation_by_hand(gpt2_runs, capsys, batch_size, val_tokens, n_windows
     row = metrics(run)[-1]
     assert row["val_loss"] == pytest.approx(nats.mean().item(), rel=1e-6)
     assert row["bits_per_byte"] == pytest.approx(nats.sum().item() / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_evaluation_keeps_one_batch_of_activations(runs, monkeypatch):
+    """A loss that is alive holds all that its backward needs: on a GPU two of them were twice the peak of a step."""
+    losses, run = [], GPT.run
+
+    def watched(model, *inputs):
+        assert all(loss() is None for loss in losses)
+        _, loss = run(model, *inputs)
+        losses.append(weakref.ref(loss))
+        return _, loss
+
+    monkeypatch.setattr(GPT, "run", watched)
+    assert runs(max_steps=2, val_every=1, val_tokens=8 * T, batch_size=2) == 0
+    assert len(losses) == 1 + 2 * (2 + 4)  # rehearsal; micro-steps and evaluation of each step
 
 
 # -----------------------------------------------------------------------------
@@ -462,7 +479,7 @@ def signal_at(monkeypatch, step, *numbers):
     monkeypatch.setattr(rundir.RunDir, "log", log)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 @pytest.mark.parametrize("save_every", [100, 2])
 def test_a_signal_stops_after_a_step_and_the_same_line_continues(runs, capsys, number, save_every):
     options = {"max_steps": 9, "save_every": save_every, "val_every": 4}
@@ -529,7 +546,7 @@ def continues_like_the_whole(runs, step):
     assert_same_result(runs.path, runs.out_dir / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_signal_to_a_process(runs, number):
     process = runs.start(**LONG)
     wait_for(process, "step 20: val loss")
@@ -735,10 +752,19 @@ def test_one_two_and_four_processes_are_one_run(runs):
     assert_close(runs.path / "step-00000006", runs.out_dir / "whole" / "step-00000006")
 
 
-def test_signal_to_torchrun(runs):
+def worker(launcher, rank):
+    """Process id of this rank among the children of torchrun."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    variable = f"RANK={rank}".encode()
+    return next(int(pid) for pid in children if variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+
+
+@pytest.mark.parametrize("receiver", ["torchrun", "one worker"])
+def test_signal_to_torchrun(runs, receiver):
+    """All processes stop after the same step, even if the signal reaches only the one that does not save."""
     process = torchrun(runs, 2, **LONG)
     wait_for(process, "step 20: val loss")
-    process.terminate()
+    os.kill(process.pid if receiver == "torchrun" else worker(process, 1), signal.SIGTERM)
     assert process.wait() != 0
     step = status(runs.path)["step"]
     assert status(runs.path) == {"reason": "SIGTERM", "step": step, "code": 75}
@@ -759,8 +785,16 @@ def kernels(out):
     return re.search(r"^attention kernels: (.*)$", out, flags=re.MULTILINE)[1]
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Each run compiles a model of its own; without this the limit on compilations of one function would be hit."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.gpu
-def test_gpu_run_and_resume(runs, capsys):
+def test_gpu_run_and_resume(runs, capsys, fresh_compiler):
     """Compiled, in bfloat16."""
     assert runs(run_name="whole", **ON_GPU) == 0
     assert "none" not in kernels(capsys.readouterr().out)
@@ -773,7 +807,7 @@ def test_gpu_run_and_resume(runs, capsys):
 
 
 @pytest.mark.gpu
-def test_gpu_is_close_to_cpu(runs):
+def test_gpu_is_close_to_cpu(runs, fresh_compiler):
     exact = {"dtype": "float32", "max_steps": 4}
     assert runs(run_name="gpu", **ON_GPU | exact) == 0
     assert runs(run_name="cpu", **ON_GPU | exact | {"device": "cpu", "recipe": "default"}) == 0
@@ -781,14 +815,14 @@ def test_gpu_is_close_to_cpu(runs):
 
 
 @pytest.mark.gpu
-def test_gpu_window_runs_in_the_fused_kernel(runs, capsys):
+def test_gpu_window_runs_in_the_fused_kernel(runs, capsys, fresh_compiler):
     assert runs(**ON_GPU | {"model": "tiny_post_norm_qk_norm_window32"}) == 0
     assert "flex_attention" in kernels(capsys.readouterr().out)
     assert losses(runs.path)[-1] < losses(runs.path)[0] - 0.1
 
 
 @pytest.mark.gpu
-def test_gpu_memory_is_as_predicted(runs):
+def test_gpu_memory_is_as_predicted(runs, fresh_compiler):
     model, tokens = "d12_post_norm_qk_norm", 8 * 1024
     small.make_data(runs.directory / "long", n_train=10 * tokens + 1, n_val=2000)
     assert runs(data=runs.directory / "long", device="cuda", model=model, vocab_size=50304, sequence_length=1024,
