@@ -37,6 +37,7 @@ class TrainConfig:
 
     # optimizer
     optimizer: Literal["adamw"] = "adamw"
+    """AdamW, arXiv 1711.05101"""
     learning_rate: float = 6e-4
     """peak, reached after the warm-up"""
     final_lr_fraction: float = 0.0
@@ -46,9 +47,11 @@ class TrainConfig:
     warmup_steps: int = 20
     """steps over which the learning rate rises linearly"""
     beta1: float = 0.9
+    """decay of the running mean of the gradient"""
     beta2: float = 0.95
+    """decay of the running mean of its square"""
     weight_decay: float = 0.1
-    """on all matrices, the embedding included (AdamW, arXiv 1711.05101)"""
+    """on all matrices, the embedding included"""
     grad_clip: float = 1.0
     """largest norm of the whole gradient; 0 = no limit"""
 
@@ -70,6 +73,7 @@ class TrainConfig:
 
     # execution: none of these changes what is computed, beyond rounding
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where it runs; auto: CUDA, MPS or CPU, whichever there is"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the matrix products; weights stay float32. auto: bfloat16 on GPUs that have it"""
     compile: Literal["auto", "on", "off"] = "auto"
