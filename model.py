@@ -83,12 +83,17 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6).type_as(x)
 
 
+def rotary_angles(position, head_dim: int):
+    """cos and sin of position * frequency, float32, each (T, D / 2); base 10,000. position: (T,)."""
+    frequency = 10_000 ** (-torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(position.float(), frequency)
+    return angle.cos(), angle.sin()
+
+
 @functools.lru_cache(maxsize=32)
 def rotary_tables(T: int, head_dim: int, device: torch.device):
-    """cos and sin of position * frequency, float32, each (T, D / 2); base 10,000."""
-    frequency = 10_000 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
+    """The angles of positions 0 to T - 1, made once for each length."""
+    return rotary_angles(torch.arange(T, device=device), head_dim)
 
 
 def apply_rotary(x, cos, sin):
@@ -111,13 +116,14 @@ class CausalSelfAttention(nn.Module):
         """softmax(q k^T / sqrt(D)) v over the keys that each query sees; q, k, v and the result are (B, H, T, D)."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, self.head_dim) for part in self.c_attn(x).split(C, dim=2))
         if self.qk_norm:
             q, k = norm(q), norm(k)
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        y = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, T, H, D) -> (B, H, T, D)
+        attend = self.attend if cache is None else cache.attend
+        y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, T, H, D) -> (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
 
 
@@ -168,8 +174,8 @@ class Block(nn.Module):
         self.pre = norm if config.pre_norm else nn.Identity()
         self.post = norm if config.post_norm else nn.Identity()
 
-    def forward(self, x, cos, sin):
-        x = x + self.post(self.attn(self.pre(x), cos, sin))
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.post(self.attn(self.pre(x), cos, sin, cache))
         return x + self.post(self.mlp(self.pre(x)))
 
 
@@ -238,12 +244,12 @@ class GPT(nn.Module):
                 attention.block_mask = window_block_mask(idx.size(1), attention.window_size, idx.device)
         return self.run(idx, targets, *rotary_tables(idx.size(1), self.config.head_dim, idx.device))
 
-    def run(self, idx, targets, cos, sin):
+    def run(self, idx, targets, cos, sin, caches=None):
         x = self.transformer.wte(idx)  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):  # else autocast keeps the residual stream in float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        for block in self.transformer.h:
-            x = block(x, cos, sin)
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, cos, sin, caches and caches[layer])
         logits = self.lm_head(norm(x))  # (B, T, V)
         if targets is None:
             return logits, None

@@ -18,6 +18,7 @@ import checkpoint
 import machine
 from data.shards import DataError
 from data.tokenizer import EOT, gpt2
+from kv_cache import KVCache
 from model import GPT
 from rundir import BAD_OPTION, INTERRUPTED, BadOption, NoValidCheckpoint
 
@@ -67,20 +68,17 @@ def choose(logits, temperature: float, top_k: int, top_p: float, generator: torc
     return int(ids[chosen])
 
 
-@torch.no_grad()
 def generate(model: GPT, tokens: list[int], n_vocab: int, config: SampleConfig, seed: int, device: torch.device):
     """Yields up to max_new_tokens token ids that continue `tokens`, each below n_vocab; stops before <|endoftext|>."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = list(tokens)
+    cache = KVCache(model, len(tokens) + config.max_new_tokens)
     for _ in range(config.max_new_tokens):
-        logits, _ = model(torch.tensor([tokens], device=device))  # (1, T, V)
-        token = choose(
-            logits[0, -1, :n_vocab].float().cpu(), config.temperature, config.top_k, config.top_p, generator
-        )
+        logits = cache.feed(torch.tensor([tokens], device=device))[0, :n_vocab]
+        token = choose(logits.float().cpu(), config.temperature, config.top_k, config.top_p, generator)
         if token == EOT:
             return
-        tokens.append(token)
         yield token
+        tokens = [token]
 
 
 def sample(config: SampleConfig):

@@ -1,0 +1,70 @@
+"""Sampling with a cache against recomputing everything."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from configs.variants import VARIANTS
+from kv_cache import KVCache
+from model import GPT
+
+BODY = {"n_layer": 4, "n_head": 2, "n_embd": 64, "vocab_size": 512}
+SMALL = {}  # each distinct set of flags once, windows of 256 tokens and more as 7, on a small body
+for name, config in VARIANTS.items():
+    small = replace(config, **BODY, window_size=config.window_size and max(5, min(7, config.window_size // 36)))
+    SMALL.setdefault(small, name)
+
+
+def model_of(config):
+    """Weights large enough for attention to be far from uniform."""
+    model = GPT(config, seed=1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(6)
+    return model
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 256])
+@pytest.mark.parametrize("n_prompt", [1, 4, 7, 8, 30])
+@pytest.mark.parametrize("config", SMALL, ids=SMALL.values())
+def test_greedy_is_equal_to_recomputing(config, n_prompt, chunk, monkeypatch):
+    monkeypatch.setattr("kv_cache.CHUNK_TOKENS", chunk)
+    model = model_of(config)
+    tokens = torch.randint(512, (2, n_prompt), generator=torch.Generator().manual_seed(n_prompt))
+    cache = KVCache(model, n_prompt + 20, batch_size=2)
+    logits = cache.feed(tokens)
+    for _ in range(20):
+        with torch.no_grad():
+            expected = model(tokens)[0][:, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        token = expected.argmax(dim=1, keepdim=True)
+        assert torch.equal(token, logits.argmax(dim=1, keepdim=True))
+        tokens = torch.cat((tokens, token), dim=1)
+        logits = cache.feed(token)
+
+
+def n_elements(cache):
+    return [layer.keys.numel() + layer.values.numel() for layer in cache.layers]
+
+
+def test_a_windowed_layer_keeps_W_entries_a_full_one_all():
+    config = GPT(replace(VARIANTS["d12_post_norm_qk_norm_window256_SSSL"], **BODY, window_size=7)).config
+    assert n_elements(KVCache(GPT(config), 100_000)) == [2 * 7 * 64] * 3 + [2 * 100_000 * 64]
+
+
+def test_memory_is_flat_however_many_tokens_are_fed():
+    model = GPT(replace(VARIANTS["tiny_post_norm_qk_norm_window32"], vocab_size=512))
+    cache = KVCache(model, 100_000)
+    addresses = [layer.keys.data_ptr() for layer in cache.layers]
+    for _ in range(100):
+        cache.feed(torch.zeros(1, 40, dtype=torch.int64))
+    assert n_elements(cache) == [2 * 32 * 64] * 2 and addresses == [layer.keys.data_ptr() for layer in cache.layers]
+
+
+def test_more_than_max_tokens_is_refused():
+    cache = KVCache(GPT(replace(VARIANTS["tiny"], vocab_size=512)), 10)
+    cache.feed(torch.zeros(1, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"11 tokens .* max_tokens=10"):
+        cache.feed(torch.zeros(1, 3, dtype=torch.int64))
+    cache.feed(torch.zeros(1, 2, dtype=torch.int64))
