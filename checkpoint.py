@@ -129,6 +129,7 @@ def find(run: str, out_dir: str = "runs") -> Path:
 
 
 def read_state(checkpoint: Path) -> dict:
+    """state.json: the step, and what `save` was given."""
     return json.loads((checkpoint / "state.json").read_text())
 
 
@@ -150,18 +151,19 @@ def load_weights(checkpoint: Path, model: torch.nn.Module):
 
 
 def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer):
+    """The state of each parameter, to the parameter's device; as saved, bit for bit."""
     weights = dict(model.named_parameters())
     for key, value in load_file(checkpoint / "optim.safetensors").items():
         name, state_key = key.rsplit("/", 1)
         optimizer.state[weights[name]][state_key] = value.to(weights[name].device)
 
 
-def load_model(checkpoint: Path, device="cpu", window_backend: str | None = None) -> GPT:
+def load_model(checkpoint: Path, device="cpu") -> GPT:
     """The model of a checkpoint directory, which alone is enough: state.json holds its config."""
     try:
         config = GPTConfig(**read_state(checkpoint)["model_config"])
     except TypeError as error:
         raise NoValidCheckpoint(f"{checkpoint / 'state.json'} was written by another version ({error})") from error
-    model = GPT(config, window_backend).to(device)
+    model = GPT(config).to(device)
     load_weights(checkpoint, model)
     return model

@@ -8,10 +8,15 @@ from pathlib import Path
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Writes `value` to `path` in one step: a reader sees the old file or the new one. Raises OSError."""
+    """`write_text` of a JSON object."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file in one step: a reader sees the old one or the new one. Raises OSError."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            json.dump(value, file, indent=1)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)

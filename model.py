@@ -67,6 +67,7 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
+        """D."""
         return self.n_embd // self.n_head
 
     def layer_window(self, layer: int) -> int | None:
@@ -117,6 +118,7 @@ class CausalSelfAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def forward(self, x, cos, sin, cache=None):
+        """x and the result: (B, T, C); cos, sin: (T, D / 2); cache: takes the place of `attend` when sampling."""
         B, T, C = x.shape
         q, k, v = (part.view(B, T, self.n_head, self.head_dim) for part in self.c_attn(x).split(C, dim=2))
         if self.qk_norm:
@@ -133,23 +135,26 @@ class SlidingWindowAttention(CausalSelfAttention):
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.window_size = config.window_size
-        self.window_backend, self.block_mask = None, None  # execution only: set by GPT
+        self.window_backend = None  # execution only: set by GPT
+        self.block_mask = None  # of flex; None is blocked
 
-    def backend(self, device: torch.device) -> str:
-        """The kernel that serves on this device; raises where the one asked for cannot."""
+    def prepare(self, T: int, device: torch.device):
+        """Chooses the kernel for what comes; ValueError where the one asked for cannot serve."""
         backend = self.window_backend or ("flex" if device.type == "cuda" else "blocked")
         if backend == "flex" and device.type != "cuda":
             raise ValueError(f"window_backend='flex' serves CUDA only (no backward on {device.type}): use 'blocked'")
-        return backend
+        self.block_mask = window_block_mask(T, self.window_size, device) if backend == "flex" else None
 
     def attend(self, q, k, v):
-        if self.backend(q.device) == "flex":
-            flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-            return flex(q, k, v, block_mask=self.block_mask)
-        return blocked_window_attention(q, k, v, self.window_size)
+        if self.block_mask is None:
+            return blocked_window_attention(q, k, v, self.window_size)
+        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+        return flex(q, k, v, block_mask=self.block_mask)
 
 
 class MLP(nn.Module):
+    """C to 4 C, GELU in its tanh form (arXiv 1606.08415), and back; x and the result: (B, T, C)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
@@ -239,12 +244,13 @@ class GPT(nn.Module):
         idx, targets: (B, T) int64. Without targets returns (logits (B, T, V), None); with targets (None, loss), the
         mean cross-entropy in nats over the targets that are not -1.
         """
+        T = idx.size(1)
         for attention in self.windowed_attentions():
-            if attention.backend(idx.device) == "flex":
-                attention.block_mask = window_block_mask(idx.size(1), attention.window_size, idx.device)
-        return self.run(idx, targets, *rotary_tables(idx.size(1), self.config.head_dim, idx.device))
+            attention.prepare(T, idx.device)
+        return self.run(idx, targets, *rotary_tables(T, self.config.head_dim, idx.device))
 
     def run(self, idx, targets, cos, sin, caches=None):
+        """`forward` with its tables, (T, D / 2) each; caches: one LayerCache (kv_cache.py) per layer, or None."""
         x = self.transformer.wte(idx)  # (B, T, C)
         if torch.is_autocast_enabled(x.device.type):  # else autocast keeps the residual stream in float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -301,17 +307,21 @@ def blocked_window_attention(q, k, v, window_size: int):
     first = F.scaled_dot_product_attention(q[:, :, :W], k[:, :, :W], v[:, :, :W], is_causal=True)
     if T <= W:
         return first
-    n_block = -(-T // W) - 1  # blocks after the first; what pads the last one lies in the future of every real query
-    q, k, v = (F.pad(x, (0, 0, 0, (n_block + 1) * W - T)) for x in (q, k, v))
+    n_block = -(-T // W) - 1  # blocks after the first
 
-    def pairs(x):  # (B, H, (n_block + 1) W, D) -> (B, n_block, H, 2 W, D): each block of keys behind its predecessor
-        x = x.view(B, H, n_block + 1, W, D)
-        return torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3).transpose(1, 2)
+    def blocks(x):  # (B, H, T, D) -> (B, H, n_block + 1, W, D); what pads the last one no query before it can see
+        return F.pad(x, (0, 0, 0, (n_block + 1) * W - T)).view(B, H, n_block + 1, W, D)
 
-    q = q[:, :, W:].view(B, H, n_block, W, D).transpose(1, 2)  # (B, n_block, H, W, D)
+    def pairs(x):  # (B, H, T, D) -> (B, H, n_block, 2 W, D): each block of keys behind its predecessor
+        return torch.cat((blocks(x)[:, :, :-1], blocks(x)[:, :, 1:]), dim=3)
+
+    def to_batch(x):  # (B, H, n_block, n, D) -> (B n_block, H, n, D): the fused kernels take 4 dimensions
+        return x.transpose(1, 2).reshape(B * n_block, H, -1, D)
+
     q_idx, kv_idx = torch.arange(W, 2 * W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
     mask = (q_idx >= kv_idx) & (q_idx - kv_idx < W)  # (W, 2 W)
-    q, k, v = (x.reshape(B * n_block, H, -1, D) for x in (q, pairs(k), pairs(v)))  # 4-D keeps the fused kernels
-    rest = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B n_block, H, W, D)
+    rest = F.scaled_dot_product_attention(
+        to_batch(blocks(q)[:, :, 1:]), to_batch(pairs(k)), to_batch(pairs(v)), attn_mask=mask
+    )  # (B n_block, H, W, D)
     rest = rest.view(B, n_block, H, W, D).transpose(1, 2).reshape(B, H, n_block * W, D)
     return torch.cat((first, rest[:, :, : T - W]), dim=2)

@@ -17,7 +17,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-from files import write_json
+from files import write_json, write_text
 
 # exit codes
 DONE = 0
@@ -51,6 +51,10 @@ class NotFinite(Exception):
     exit_code = NOT_FINITE
 
 
+class DataError(ValueError):
+    exit_code = BAD_DATA
+
+
 @contextmanager
 def writing(path: Path):
     """Turns an OSError into CannotWrite."""
@@ -74,7 +78,7 @@ class RunDir:
     """The directory of a run; nothing is touched before `open`, and one process at a time holds it open."""
 
     def __init__(self, path: Path):
-        self.path, self.begun, self.step = path, False, 0
+        self.path, self.begun, self.step, self.mirror = path, False, 0, None
 
     def open(self):
         """Raises RunDirInUse or CannotWrite. The lock belongs to the process: it is free however the process ends."""
@@ -96,25 +100,36 @@ class RunDir:
                 write_json(self.path / "config.json", config)
             source = self.path / (f"source-{step:08d}.diff" if step else "source.diff")
             source.write_bytes(git("rev-parse", "HEAD") + git("diff", "HEAD"))
+            (self.path / "status.json").unlink(missing_ok=True)  # of the end before this one
         self.begun = True
 
     def open_metrics(self, step: int) -> float:
-        """Cuts metrics.jsonl back to the first `step` updates. Returns the training time in seconds up to there."""
+        """
+        Cuts metrics.jsonl back to the first `step` updates; lines that are missing or damaged become {"step": n}, so
+        that line n stays the n-th update. Returns the training time up to there in seconds.
+        """
         path = self.path / "metrics.jsonl"
         with writing(path):
-            lines = path.read_text().splitlines()[:step] if path.exists() else []
-            path.write_text("".join(line + "\n" for line in lines))
+            lines = path.read_text(errors="replace").splitlines()[:step] if path.exists() else []
+            rows = [parse_object(line) for line in lines]
+            n_good = next((n for n, row in enumerate(rows) if row.get("step") != n + 1), len(rows))
+            missing = [json.dumps({"step": n}) for n in range(n_good + 1, step + 1)]
+            write_text(path, "".join(line + "\n" for line in lines[:n_good] + missing))
             self.metrics, self.step = open(path, "a"), step
-        return json.loads(lines[-1])["time_s"] if lines else 0.0
+        if missing:
+            print(f"{path}: steps {n_good + 1} to {step} are missing or damaged", file=sys.stderr)
+        return max((row.get("time_s", 0.0) for row in rows[:n_good]), default=0.0)
 
     def log(self, row: dict):
-        """One line of metrics.jsonl; what is not finite becomes null."""
+        """One line of metrics.jsonl, and wandb's copy of it; what is not finite becomes null."""
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in row.items()}
         with writing(self.path):
             self.metrics.write(json.dumps(finite) + "\n")
             self.metrics.flush()
         self.step = row["step"]
+        if self.mirror:
+            self.mirror.log(finite)
 
     def sync(self):
         """Waits until metrics.jsonl is on the disk: a checkpoint must not be ahead of it. Raises OSError."""
@@ -122,16 +137,26 @@ class RunDir:
 
     def close(self, reason: str, code: int):
         """status.json: how it ended. Does nothing unless the run has begun: a refused one changes nothing."""
+        if self.mirror:
+            self.mirror.close()
         if self.begun:
             with writing(self.path):
                 write_json(self.path / "status.json", {"reason": reason, "step": self.step, "code": code})
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object; {} if the file is missing or damaged."""
+    """The JSON object in a file; {} if the file is missing or damaged."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return parse_object(path.read_text(errors="replace"))
+    except OSError:
+        return {}
+
+
+def parse_object(text: str) -> dict:
+    """A JSON object; {} if it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -167,7 +192,7 @@ class StopSignal:
     def handle(self, number, frame):
         if self.received is None:
             self.received = signal.Signals(number).name
-            print(f"\n{self.received}: stopping after this step", file=sys.stderr, flush=True)
+            os.write(2, f"\n{self.received}: stopping after the step in hand\n".encode())  # print could be re-entered
         elif number == signal.SIGINT and not self.distributed:
             os._exit(INTERRUPTED)
 
@@ -195,11 +220,13 @@ class WandbMirror:
         except BaseException as error:
             print(f"wandb: {type(error).__name__}: {error}; training goes on without it", file=sys.stderr)
 
-    def log(self, row: dict):
+    def log(self, row: dict | None):
+        """Hands a row over; None is the end."""
         if not self.rows.full():
             self.rows.put_nowait(row)
 
     def close(self):
+        """Waits up to 10 s for what has not been sent."""
         self.log(None)
         self.thread.join(timeout=10)
         if self.thread.is_alive():

@@ -16,15 +16,16 @@ import tyro
 
 import checkpoint
 import machine
-from data.shards import DataError
 from data.tokenizer import EOT, gpt2
 from kv_cache import KVCache
 from model import GPT
-from rundir import BAD_OPTION, INTERRUPTED, BadOption, NoValidCheckpoint
+from rundir import BAD_OPTION, INTERRUPTED, BadOption, DataError, NoValidCheckpoint
 
 
 @dataclass(frozen=True)
 class SampleConfig:
+    """What to write. ValueError for a value out of range."""
+
     run: str
     """name of a run under out_dir, or the path of its directory; the newest valid checkpoint is read"""
     prompt: str = ""
@@ -42,10 +43,9 @@ class SampleConfig:
     seed: int = 0
     """same seed, same texts; sample i of a seed does not depend on n_samples"""
     out_dir: str = "runs"
+    """where the run directories are"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
-    window_backend: str | None = None
-    """kernel of the sliding window: flex or blocked; None: flex on CUDA, blocked elsewhere"""
 
     def __post_init__(self):
         for name, least in {"n_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0}.items():
@@ -82,18 +82,19 @@ def generate(model: GPT, tokens: list[int], n_vocab: int, config: SampleConfig, 
 
 
 def sample(config: SampleConfig):
+    """Prints the texts as they come. Raises BadOption, NoValidCheckpoint or DataError."""
     device = machine.select_device(config.device)
     newest = checkpoint.find(config.run, config.out_dir)
     if checkpoint.read_state(newest)["tokenizer"] != "gpt2":
         raise BadOption(f"{newest} was not trained on GPT-2 tokens: its output cannot be turned into text")
-    model = checkpoint.load_model(newest, device, config.window_backend)
+    model = checkpoint.load_model(newest, device)
     tokenizer = gpt2()
     tokens = tokenizer.encode_ordinary(config.prompt) or [EOT]  # what begins a document
     for i in range(config.n_samples):
         print(f"--- {newest}, seed {config.seed}, sample {i + 1} of {config.n_samples}")
         print(config.prompt, end="", flush=True)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character can span several tokens
-        for token in generate(model, tokens, tokenizer.n_vocab, config, config.seed + 1000 * i, device):
+        for token in generate(model, tokens, tokenizer.n_vocab, config, 1_000_003 * config.seed + i, device):
             print(decoder.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
         print(decoder.decode(b"", final=True))
 

@@ -14,6 +14,7 @@ a signal and resumable, 130 second Ctrl-C.
 
 import math
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -51,9 +52,9 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 class Options:
     train: TrainConfig
     gpt: GPTConfig
-    list: bool = False
+    list: tyro.conf.FlagCreatePairsOff[bool] = False
     """print the variants with their numbers of parameters, and stop"""
-    dry_run: bool = False
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """print the plan of the run, and stop"""
 
 
@@ -73,7 +74,7 @@ def parse_options(arguments: list[str] | None) -> tuple[Options, torch.device]:
     device = machine.select_device(choice.device)
     defaults = recipe(choice.recipe or ("default" if device.type == "cuda" else "cpu"))
     defaults = Options(replace(defaults, model=choice.model, device=choice.device), variant(choice.model))
-    return tyro.cli(Options, args=arguments, default=defaults, description=__doc__, **style), device
+    return tyro.cli(Options, args=arguments, default=defaults, description=__doc__.strip(), **style), device
 
 
 def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tuple[int, int]:
@@ -84,7 +85,7 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
     for attention in model.windowed_attentions():
-        attention.backend(device)  # raises if it cannot serve there
+        attention.prepare(T, device)  # raises if the kernel cannot serve there
 
     sequences, rest = divmod(config.total_batch_tokens // T, WORLD_SIZE)  # of each process
     batch_size = config.batch_size
@@ -97,7 +98,7 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
         raise ValueError(f"total_batch_tokens={config.total_batch_tokens} does not divide by sequence_length={T} x "
                          f"batch_size={batch_size} x {WORLD_SIZE} processes")
     if config.recipe == "cpu":
-        print0("recipe cpu: a few short steps, for machines without a GPU")
+        print0("recipe cpu: a few short steps, for machines without an NVIDIA GPU")
     print0(f"model {model_name(gpt_config)}: {model.num_params():,} parameters, "
            f"{model.flops_per_token(T):,} FLOPs per token")
     print0(f"update: {config.total_batch_tokens:,} tokens = {WORLD_SIZE} processes x {sequences // batch_size} "
@@ -122,26 +123,36 @@ def open_data(config: TrainConfig, gpt_config: GPTConfig) -> tuple[Dataset, Wind
     """The data set and its windows for training and validation; shakespeare is prepared on first use."""
     directory = Path(config.data) if "/" in config.data else Path("data") / config.data
     if config.data == "shakespeare":
-        data.shakespeare.prepare(directory)
+        with rundir.writing(directory):
+            data.shakespeare.prepare(directory)
     dataset = open_dataset(directory, gpt_config.vocab_size, config.verify_data)
     windows = Windows(dataset.train, config.sequence_length), Windows(dataset.val, config.sequence_length)
     return dataset, *windows
 
 
 def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
-    """Updates already done: of the newest valid checkpoint, max_steps if the run is finished, 0 if it is new."""
-    newest = checkpoint.newest_valid(run.path, print0)
-    if newest is None and rundir.read_json(run.path / "status.json").get("reason") != "finished":
-        return 0
-    if config.resume == "never":
-        raise rundir.BadOption(f"{run.path} has a run in it and --resume is never: choose another --run_name")
-    begun = checkpoint.read_state(newest) if newest else rundir.read_json(run.path / "config.json")
-    for name, value in settings.items():
-        before = begun.get("settings", {}).get(name)
-        if before != value:
-            raise rundir.BadOption(f"{run.path} was begun with {name}={before}, now it is {value}: choose another "
-                                   "--run_name, or the old value")
-    return begun["step"] if newest else config.max_steps
+    """
+    Opens the run directory. Returns the updates already done: of the newest valid checkpoint, 0 for a new run,
+    max_steps for one that is finished but has no checkpoints. The first process looks, all get its answer.
+    """
+    start = torch.zeros(1, dtype=torch.int64)
+    if RANK == 0:
+        run.open()
+        newest = checkpoint.newest_valid(run.path, print0)
+        finished = rundir.read_json(run.path / "status.json").get("reason") == "finished"
+        if newest or finished:
+            if config.resume == "never":
+                raise rundir.BadOption(f"{run.path} has a run in it and --resume is never: choose another --run_name")
+            begun = checkpoint.read_state(newest) if newest else rundir.read_json(run.path / "config.json")
+            for name, value in settings.items():
+                before = begun.get("settings", {}).get(name)
+                if before != value:
+                    raise rundir.BadOption(f"{run.path} was begun with {name}={before}, now it is {value}: choose "
+                                           "another --run_name, or the old value")
+            start[0] = begun["step"] if newest else config.max_steps
+    if WORLD_SIZE > 1:
+        dist.broadcast(start, 0)
+    return int(start)
 
 
 def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes) -> tuple[float, float | None]:
@@ -168,35 +179,28 @@ def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes
 
 
 def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batch_size: int, accumulation: int,
-          run: rundir.RunDir) -> str:
-    """The whole run. Returns why it ended: finished, stop_after, SIGINT, SIGTERM, or "" if there was nothing to do."""
+          run: rundir.RunDir) -> tuple[str, int]:
+    """The whole run. Returns why it ended and the exit code; the reason is "" if there was nothing to do."""
     T = config.sequence_length
+    stop = rundir.StopSignal(distributed=WORLD_SIZE > 1)
 
     # --- data, then the run directory: nothing is written before the data is known to be good ---
     rundir.check_writable(run.path)
     dataset, train_windows, val_windows = open_data(config, gpt_config)
     settings = result_settings(config, gpt_config) | {"data": dataset.fingerprint}
-    weights_from = None
-    if config.init_from is not None and not checkpoint.list_checkpoints(run.path):
-        weights_from = checkpoint.find(config.init_from, config.out_dir)
+    if config.init_from is not None and not (run.path / "config.json").exists():
         with torch.device("meta"):
-            checkpoint.check_shapes(weights_from, GPT(gpt_config))
-    start = torch.zeros(1, dtype=torch.int64)
-    if RANK == 0:
-        run.open()
-        start[0] = find_start(config, settings, run)
-    if WORLD_SIZE > 1:
-        dist.broadcast(start, 0)
-    start, last_step = int(start), min(config.max_steps, config.stop_after or config.max_steps)
+            checkpoint.check_shapes(checkpoint.find(config.init_from, config.out_dir), GPT(gpt_config))
+    start = find_start(config, settings, run)
+    last_step = min(config.max_steps, config.stop_after or config.max_steps)
     if start >= last_step:
         print0(f"{run.path}: {'finished' if start == config.max_steps else 'stopped'} at step {start}")
-        return ""
+        return "", rundir.DONE
     described = {"settings": settings, "model_config": asdict(gpt_config), "train_config": asdict(config),
                  "tokenizer": dataset.tokenizer, "versions": machine.versions(device)}
     if RANK == 0:
         run.begin(described, start)
         checkpoint.tidy(run.path, start)
-    stop = rundir.StopSignal(distributed=WORLD_SIZE > 1)
 
     # --- model and optimizer, new or as saved ---
     model = GPT(gpt_config, config.window_backend, config.seed).to(device)
@@ -206,8 +210,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         checkpoint.load_weights(saved, model)
         checkpoint.load_optimizer(saved, model, optimizer)
         print0(f"resuming from {saved}")
-    elif weights_from is not None:
-        checkpoint.load_weights(weights_from, model)
+    elif config.init_from is not None:
+        checkpoint.load_weights(checkpoint.find(config.init_from, config.out_dir), model)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         model.compile(dynamic=False, fullgraph=True)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
@@ -254,9 +258,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     peak_flops = machine.peak_flops(machine.device_name(device)) if dtype == torch.bfloat16 else None
     flops_per_update = model.flops_per_token(T) * config.total_batch_tokens
     time_s = run.open_metrics(start) if RANK == 0 else 0.0
-    mirror = None
     if config.wandb and RANK == 0:
-        mirror = rundir.WandbMirror(project="gpt2-variants", name=run.path.name, dir=run.path, config=described)
+        run.mirror = rundir.WandbMirror(project="gpt2-variants", name=run.path.name, dir=run.path, config=described)
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=RANK != 0)
     clock = time.perf_counter()
     for step in range(start + 1, last_step + 1):
@@ -296,8 +299,6 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             print0(f"step {step}: val loss {val_loss:.4f}, bits per byte {bits_per_byte or math.nan:.4f}")
         if RANK == 0:
             run.log(row)
-            if mirror:
-                mirror.log(row)
             bar.set_postfix_str(rundir.progress(row), refresh=False)
             bar.update()
 
@@ -311,11 +312,11 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             break
         clock = time.perf_counter()
     bar.close()
-    if mirror:
-        mirror.close()
     if step == config.max_steps:
-        return "finished"
-    return stop.received or "SIGTERM" if stopping else "stop_after"  # the signal may have reached another process only
+        return "finished", rundir.DONE
+    if stopping:
+        return stop.received or "SIGTERM to another process", rundir.STOPPED
+    return "stop_after", rundir.DONE
 
 
 def print_variants():
@@ -344,23 +345,23 @@ def main(arguments: list[str] | None = None) -> int:
     if WORLD_SIZE > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        reason = train(config, gpt_config, device, batch_size, accumulation, run)
-        code = rundir.STOPPED if reason.startswith("SIG") else rundir.DONE
-    except KeyboardInterrupt:  # before the first step; from there on StopSignal takes it
-        reason, code = "interrupted before the first step", rundir.INTERRUPTED
+        reason, code = train(config, gpt_config, device, batch_size, accumulation, run)
+    except torch.OutOfMemoryError as error:
+        reason, code = f"out of memory: --batch_size {batch_size // 2 or 1}? ({str(error).splitlines()[0]})", 1
     except Exception as error:
         reason, code = str(error), getattr(error, "exit_code", 1)
         if code == 1:
             traceback.print_exc()
-    if reason:
-        with suppress(rundir.CannotWrite):  # then that is the error already, or the last checkpoint says as much
+    with suppress(rundir.CannotWrite):  # then that is the error already, or the last checkpoint says as much
+        if reason:
             run.close(reason, code)
-    if code == rundir.DONE:
-        print0(f"sample from it: python sample.py --run {run.path if config.out_dir != 'runs' else run.path.name}")
-    elif code == rundir.STOPPED:
+    if code == rundir.STOPPED:
         print0(f"{reason}: stopped after step {run.step}" + ("; the same line continues" if config.save_every else ""))
-    else:
-        print(f"error: {reason}", file=sys.stderr)
+    elif code != rundir.DONE:
+        print(f"error: {reason}" if RANK == 0 else f"process {RANK}: error: {reason}", file=sys.stderr)
+    elif RANK == 0 and checkpoint.list_checkpoints(run.path):
+        name = shlex.quote(run.path.name if config.out_dir == "runs" else str(run.path))
+        print0(f"sample from it: python sample.py --run {name}")
     if WORLD_SIZE > 1:
         if code in (rundir.DONE, rundir.STOPPED):
             dist.barrier()  # else torchrun ends the process that saves when the first of the others is gone

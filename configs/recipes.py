@@ -121,7 +121,7 @@ RESULT_FIELDS = (
 )
 
 RECIPES = {
-    # one GPU, about two minutes: ends where the validation loss on Shakespeare stops falling
+    # one GPU, about two minutes: ends where the validation loss on Shakespeare has levelled off
     "default": TrainConfig(recipe="default", val_tokens=65_536),
     # the same model without a GPU: about three minutes on 2 cores
     "cpu": TrainConfig(recipe="cpu", total_batch_tokens=1024, max_steps=20, warmup_steps=5, val_every=10,
@@ -138,6 +138,7 @@ RECIPES = {
 
 
 def recipe(name: str) -> TrainConfig:
+    """The recipe of this name; ValueError with the known ones otherwise."""
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}. Known: {', '.join(RECIPES)}")
     return RECIPES[name]

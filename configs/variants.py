@@ -37,6 +37,7 @@ def model_name(config: GPTConfig) -> str:
 
 
 def variants() -> dict[str, GPTConfig]:
+    """All variants by their computed names; a new one is a line here."""
     configs = []
     for body in ("d12", "d24", "d36", "d48"):
         for post_norm in (False, True):

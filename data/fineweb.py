@@ -11,8 +11,9 @@ from pathlib import Path
 
 import tyro
 
-from data.shards import DataError, Shard, build_manifest, locked, run_command, shard_files
+from data.shards import Shard, build_manifest, locked, run_command, shard_files
 from files import write_json
+from rundir import BAD_OPTION, DataError
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"  # a data set of the Hugging Face hub
 N_SHARDS = 103
@@ -50,7 +51,7 @@ def main(n: tyro.conf.Positional[int], out: Path = Path("data")) -> int:
     """
     if not 1 <= n <= N_SHARDS:
         print(f"error: n {n}: expected a number of training shards from 1 to {N_SHARDS}", file=sys.stderr)
-        return 2
+        return BAD_OPTION
     directory = out / "fineweb10B"
     directory.mkdir(parents=True, exist_ok=True)
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{index:06d}.bin" for index in range(1, n + 1))]

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from data.shards import DataError, Shard
+from data.shards import Shard
+from rundir import DataError
 
 IGNORED = -1  # the target that cross_entropy(ignore_index=-1) leaves out
 

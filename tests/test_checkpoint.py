@@ -17,6 +17,7 @@ from small import T, assert_same_result, losses, metrics, status, steps, tensors
 
 import checkpoint
 import rundir
+import train_gpt2
 from model import GPT, GPTConfig
 
 runs = small.runs
@@ -119,7 +120,7 @@ def test_a_finished_run_is_left_alone(runs, capsys, save_every, monkeypatch):
     monkeypatch.setattr(GPT, "compile", None)
     assert runs(**options) == 0
     out = capsys.readouterr().out
-    assert "finished at step 12" in out and f"python sample.py --run {runs.path}" in out
+    assert "finished at step 12" in out and (f"python sample.py --run {runs.path}" in out) == (save_every > 0)
     assert tree(runs.directory) == before
 
 
@@ -481,6 +482,30 @@ def test_the_code_that_began_a_run_stays_on_record(runs):
     same = [path for path in before if path.split("/")[-1] in ("config.json", "source.diff")]
     assert len(same) == 2 and all(before[path] == after[path] for path in same)
     assert (runs.path / "source-00000002.diff").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "half a line", "another step", "not text"])
+def test_a_damaged_log_keeps_its_place(runs, whole, capsys, damage):
+    """Line n stays the n-th update: what is lost is an empty line, said aloud, and the run ends as it would have."""
+    assert runs(**TWELVE | {"save_every": 6}, stop_after=6) == 0
+    path = runs.path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4]) + {"half a line": lines[4][:20], "another step": lines[5],
+                                            "not text": b"\xff\x00\n" + lines[5], "missing": b""}[damage])
+    assert runs(**TWELVE | {"save_every": 6}) == 0
+    assert "steps 5 to 6 are missing or damaged" in capsys.readouterr().err
+    rows = metrics(runs.path)
+    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[4] == {"step": 5} and rows[5] == {"step": 6}
+    assert rows[6]["time_s"] > rows[3]["time_s"]
+
+
+def test_no_status_of_an_earlier_end_while_a_run_goes_on(runs, monkeypatch):
+    assert runs(save_every=2, stop_after=2) == 0
+    seen, log = [], train_gpt2.rundir.RunDir.log
+    monkeypatch.setattr(train_gpt2.rundir.RunDir, "log",
+                        lambda run, row: (seen.append((run.path / "status.json").exists()), log(run, row)))
+    assert runs(save_every=2) == 0
+    assert seen == [False] * 4 and (runs.path / "status.json").exists()
 
 
 def test_find(runs, monkeypatch):

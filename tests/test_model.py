@@ -4,6 +4,7 @@ Most tests run once per distinct set of flags in VARIANTS: a new variant is test
 """
 
 import math
+import shutil
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 
@@ -297,6 +298,7 @@ def test_bfloat16_autocast(config, device, fresh_compiler):
     assert seen == [(torch.bfloat16, torch.bfloat16)] * (2 * config.n_layer), "the residual stream left bfloat16"
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler and there is no g++")
 def test_compile_equals_eager():
     idx, targets = tokens(2, 23)
     gpt = make(WINDOW_SL, scale=4)

@@ -527,13 +527,52 @@ def test_a_second_ctrl_c_ends_at_once(runs, monkeypatch):
     assert runs() == 75
 
 
-def test_ctrl_c_before_the_first_step(runs, monkeypatch):
-    def interrupt(*arguments, **options):
-        raise KeyboardInterrupt
+def test_a_signal_before_the_first_step_waits_for_it(runs, monkeypatch):
+    open_dataset = train_gpt2.open_dataset
 
-    monkeypatch.setattr(train_gpt2, "open_dataset", interrupt)
-    assert runs() == 130
-    assert not runs.out_dir.exists()
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return open_dataset(*arguments, **options)
+
+    monkeypatch.setattr(train_gpt2, "open_dataset", interrupted)
+    assert runs(save_every=6) == 75
+    assert steps(runs.path) == [1] and status(runs.path)["code"] == 75
+
+
+def test_mfu_is_the_stated_formula(runs, monkeypatch):
+    """(6 N + 12 C T per layer) x tokens/s / peak, for the dense bf16 peak of the device."""
+    monkeypatch.setattr(train_gpt2.machine, "peak_flops", lambda name: 1e12)
+    assert runs(dtype="bfloat16", max_steps=2) == 0
+    n_params = 2 * 12 * 64 * 64 + VOCAB * 64
+    for row in metrics(runs.path):
+        assert row["mfu"] == pytest.approx((6 * n_params + 2 * 12 * 64 * T) * row["tokens_per_s"] / 1e12)
+        assert row["tokens_per_s"] == pytest.approx(128 / row["step_ms"] * 1000)
+
+
+@pytest.mark.parametrize("gib, batch_size", [(8, 8), (12, 16), (16, 16), (24, 32), (40, 64), (80, 64)])
+def test_the_micro_batch_of_default_follows_the_memory_of_the_gpu(monkeypatch, gib, batch_size):
+    monkeypatch.setattr(train_gpt2.machine, "total_mib", lambda device: gib * 1024)
+    config = train_gpt2.recipe("default")
+    plan = train_gpt2.plan(config, train_gpt2.variant("d12"), torch.device("cuda"))
+    assert plan == (batch_size, 64 // batch_size)
+
+
+def test_out_of_memory_is_one_line(runs, monkeypatch, capsys):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(GPT, "run", fail)
+    assert runs(batch_size=4) == 1
+    err = capsys.readouterr().err
+    assert "--batch_size 2" in err and "Traceback" not in err
+
+
+def test_no_place_for_shakespeare(runs, monkeypatch, capsys):
+    monkeypatch.chdir(runs.directory)
+    (runs.directory / "data").rename(runs.directory / "elsewhere")
+    (runs.directory / "data").write_text("in the way")
+    assert runs(data="shakespeare", vocab_size=50304) == 5
+    assert "Traceback" not in capsys.readouterr().err
 
 
 LONG = {"max_steps": 100_000, "val_every": 10, "save_every": 7}
