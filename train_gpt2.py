@@ -315,7 +315,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     if step == config.max_steps:
         return "finished", rundir.DONE
     if stopping:
-        return stop.received or "SIGTERM to another process", rundir.STOPPED
+        return stop.received or "SIGTERM", rundir.STOPPED  # None: another process got it
     return "stop_after", rundir.DONE
 
 

@@ -611,7 +611,7 @@ def test_two_ctrl_c_to_a_process(runs):
     wait_for(process, "attention kernels")
     process.send_signal(signal.SIGINT)
     with open(runs.directory / "stderr") as stderr:
-        while "SIGINT: stopping after this step" not in stderr.read():
+        while "SIGINT: stopping after the step in hand" not in stderr.read():
             assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
