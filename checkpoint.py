@@ -6,6 +6,8 @@ state.json (step, configs, versions) and, written last, manifest.json with size 
 """
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -67,7 +69,7 @@ def tidy(run_directory: Path, step: int):
         for unfinished in run_directory.glob(".saving-*"):
             shutil.rmtree(unfinished)
         for checkpoint in list_checkpoints(run_directory):
-            if checkpoint.name > directory_name(step):
+            if step_of(checkpoint) > step:
                 invalid = run_directory / f"invalid-{checkpoint.name}"
                 shutil.rmtree(invalid, ignore_errors=True)
                 checkpoint.rename(invalid)
@@ -77,13 +79,18 @@ def directory_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 # -----------------------------------------------------------------------------
 # read
 
 
 def list_checkpoints(run_directory: Path) -> list[Path]:
-    """All step-* directories, newest first, valid or not."""
-    return sorted((path for path in run_directory.glob("step-*") if path.is_dir()), reverse=True)
+    """All checkpoint directories, newest first, valid or not; copies and links under other names do not count."""
+    names = (path for path in run_directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+    return sorted((path for path in names if path.is_dir() and not path.is_symlink()), key=step_of, reverse=True)
 
 
 def find_fault(checkpoint: Path) -> str | None:
@@ -122,7 +129,7 @@ def newest_valid(run_directory: Path, say=print) -> Path | None:
 def find(run: str, out_dir: str = "runs") -> Path:
     """The newest valid checkpoint of a run, given by its name under out_dir or by the path of its directory."""
     for run_directory in (Path(out_dir) / run, Path(run)):
-        if run_directory.is_dir() and (checkpoint := newest_valid(run_directory)) is not None:
+        if os.path.isdir(run_directory) and (checkpoint := newest_valid(run_directory)) is not None:
             return checkpoint
     known = sorted({path.parent.name for path in Path(out_dir).glob("*/step-*")})
     raise BadOption(f"no run {run!r} with a checkpoint. In {out_dir}: {', '.join(known) or 'none'}")

@@ -47,8 +47,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= 2**24:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 1 and 2^24")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.head_dim % 2:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from files import write_json, write_text
@@ -180,14 +180,15 @@ def git(*arguments: str) -> bytes:
 
 class StopSignal:
     """
-    `received` is the name of the first SIGINT or SIGTERM, or None. A second Ctrl-C ends the process at once; under
-    torchrun it does not, since each process gets the terminal's signal and torchrun's own.
+    `received` is the name of the first SIGINT, SIGTERM or SIGHUP, or None. A second Ctrl-C ends the process at once;
+    under torchrun it does not, since each process gets the terminal's signal and torchrun's own.
     """
 
     def __init__(self, distributed: bool):
         self.received, self.distributed = None, distributed
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so does its command
+                signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         if self.received is None:
@@ -235,6 +236,7 @@ class WandbMirror:
 
 def leave(code: int):
     """Ends the process without waiting for threads and exit hooks: wandb's may be stuck."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):  # a closed pipe
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -7,7 +7,6 @@ Exit codes: 0 done, 2 bad option or no such run, 4 checkpoints present but none 
 """
 
 import codecs
-import math
 import sys
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ import machine
 from data.tokenizer import EOT, gpt2
 from kv_cache import KVCache
 from model import GPT
-from rundir import BAD_OPTION, INTERRUPTED, BadOption, DataError, NoValidCheckpoint
+from rundir import BAD_OPTION, INTERRUPTED, BadOption, NoValidCheckpoint
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,10 @@ class SampleConfig:
 
     def __post_init__(self):
         for name, least in {"n_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature={self.temperature} must be 0 or more")
+            if not least <= getattr(self, name) <= 2**40:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between {least} and 2^40")
+        if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
+            raise ValueError(f"temperature={self.temperature} must be 0 or lie between 0.001 and 1000")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be more than 0 and at most 1")
 
@@ -63,6 +62,7 @@ def choose(logits, temperature: float, top_k: int, top_p: float, generator: torc
         return int(logits.argmax())
     probabilities, ids = (logits / temperature).softmax(dim=0).sort(descending=True)
     keep = probabilities.cumsum(dim=0) - probabilities < top_p  # what comes before a token leaves room for it
+    keep[0] = True  # however small top_p is
     keep[top_k or len(keep) :] = False
     chosen = torch.multinomial(probabilities * keep, 1, generator=generator)
     return int(ids[chosen])
@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = tyro.cli(SampleConfig, args=arguments, description=__doc__, use_underscores=True)
     try:
         sample(config)
-    except (ValueError, NoValidCheckpoint, DataError) as error:
+    except (ValueError, OSError, NoValidCheckpoint) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", BAD_OPTION)
     except KeyboardInterrupt:

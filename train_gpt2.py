@@ -87,7 +87,12 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
     for attention in model.windowed_attentions():
         attention.prepare(T, device)  # raises if the kernel cannot serve there
 
+    if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
+        raise ValueError(f"{RANK=} and {WORLD_SIZE=} in the environment are not torchrun's: unset them")
     sequences, rest = divmod(config.total_batch_tokens // T, WORLD_SIZE)  # of each process
+    if sequences == 0:
+        raise ValueError(f"total_batch_tokens={config.total_batch_tokens} is less than one sequence for each of "
+                         f"{WORLD_SIZE} processes: use at least {T * WORLD_SIZE}")
     batch_size = config.batch_size
     if batch_size is None:
         room_mib = 0.95 * machine.total_mib(device)
@@ -111,8 +116,9 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
 def print0(*words, file=None):
     """Prints on the first process, above a progress bar if there is one."""
     if RANK == 0:
-        tqdm.write(" ".join(str(word) for word in words), file=file)
-        (file or sys.stdout).flush()
+        with suppress(OSError):  # a closed pipe must not end a run
+            tqdm.write(" ".join(str(word) for word in words), file=file)
+            (file or sys.stdout).flush()
 
 
 # -----------------------------------------------------------------------------
@@ -121,8 +127,9 @@ def print0(*words, file=None):
 
 def open_data(config: TrainConfig, gpt_config: GPTConfig) -> tuple[Dataset, Windows, Windows]:
     """The data set and its windows for training and validation; shakespeare is prepared on first use."""
-    directory = Path(config.data) if "/" in config.data else Path("data") / config.data
-    if config.data == "shakespeare":
+    name = config.data.rstrip("/")
+    directory = Path(name) if "/" in name else Path("data") / name
+    if name == "shakespeare":
         with rundir.writing(directory):
             data.shakespeare.prepare(directory)
     dataset = open_dataset(directory, gpt_config.vocab_size, config.verify_data)
@@ -132,27 +139,21 @@ def open_data(config: TrainConfig, gpt_config: GPTConfig) -> tuple[Dataset, Wind
 
 def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     """
-    Opens the run directory. Returns the updates already done: of the newest valid checkpoint, 0 for a new run,
-    max_steps for one that is finished but has no checkpoints. The first process looks, all get its answer.
+    Updates already done: of the newest valid checkpoint, 0 for a new run, max_steps for one that is finished but has
+    no checkpoints. BadOption if the run was begun with other settings.
     """
-    start = torch.zeros(1, dtype=torch.int64)
-    if RANK == 0:
-        run.open()
-        newest = checkpoint.newest_valid(run.path, print0)
-        finished = rundir.read_json(run.path / "status.json").get("reason") == "finished"
-        if newest or finished:
-            if config.resume == "never":
-                raise rundir.BadOption(f"{run.path} has a run in it and --resume is never: choose another --run_name")
-            begun = checkpoint.read_state(newest) if newest else rundir.read_json(run.path / "config.json")
-            for name, value in settings.items():
-                before = begun.get("settings", {}).get(name)
-                if before != value:
-                    raise rundir.BadOption(f"{run.path} was begun with {name}={before}, now it is {value}: choose "
-                                           "another --run_name, or the old value")
-            start[0] = begun["step"] if newest else config.max_steps
-    if WORLD_SIZE > 1:
-        dist.broadcast(start, 0)
-    return int(start)
+    newest = checkpoint.newest_valid(run.path, print0)
+    if newest is None and rundir.read_json(run.path / "status.json").get("reason") != "finished":
+        return 0
+    if config.resume == "never":
+        raise rundir.BadOption(f"{run.path} has a run in it and --resume is never: choose another --run_name")
+    begun = checkpoint.read_state(newest) if newest else rundir.read_json(run.path / "config.json")
+    for name, value in settings.items():
+        before = begun.get("settings", {}).get(name)
+        if before != value:
+            raise rundir.BadOption(f"{run.path} was begun with {name}={before}, now it is {value}: choose another "
+                                   "--run_name, or the old value")
+    return begun["step"] if newest else config.max_steps
 
 
 def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes) -> tuple[float, float | None]:
@@ -191,7 +192,17 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     if config.init_from is not None and not (run.path / "config.json").exists():
         with torch.device("meta"):
             checkpoint.check_shapes(checkpoint.find(config.init_from, config.out_dir), GPT(gpt_config))
-    start = find_start(config, settings, run)
+    start = torch.full((1,), -1)
+    try:  # the first process looks where to start, and all get its answer
+        if RANK == 0:
+            run.open()
+            start[0] = find_start(config, settings, run)
+    finally:
+        if WORLD_SIZE > 1:
+            dist.broadcast(start, 0)
+    start = int(start)
+    if start < 0:
+        raise rundir.BadOption("the first process cannot start")
     last_step = min(config.max_steps, config.stop_after or config.max_steps)
     if start >= last_step:
         print0(f"{run.path}: {'finished' if start == config.max_steps else 'stopped'} at step {start}")
@@ -322,7 +333,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
 def print_variants():
     for name, gpt_config in VARIANTS.items():
         with torch.device("meta"):
-            print(f"{name:45} {GPT(gpt_config).num_params():>13,} parameters")
+            print0(f"{name:45} {GPT(gpt_config).num_params():>13,} parameters")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -90,8 +90,8 @@ class TrainConfig:
         }
         for name, least in minimum.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= 2**53:
-                raise ValueError(f"{name}={value} must lie between {least} and 2^53")
+            if value is not None and not least <= value <= 2**40:
+                raise ValueError(f"{name}={value} must lie between {least} and 2^40")
         limits = {
             "learning_rate": (0, 10), "final_lr_fraction": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),
             "weight_decay": (0, 10), "grad_clip": (0, 1e9),

@@ -62,6 +62,8 @@ class Shard:
 
     def __init__(self, path: Path):
         self.path = Path(path)
+        if not self.path.is_file():
+            raise DataError(f"{path}: not a regular file")
         try:
             self._file = open(path, "rb", buffering=0)
             self.header = os.pread(self._file.fileno(), HEADER_BYTES, 0)
@@ -140,7 +142,7 @@ def open_dataset(directory: Path | str, vocab_size: int | None = None, verify: b
     `vocab_size`, the model's. Raises DataError for anything missing, empty, damaged or too large.
     """
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # False, not an error, for a name that is too long
         raise DataError(f"{directory}: no such data directory; data/README.md lists the commands that prepare one")
     files = shard_files(directory)
     for split in SPLITS:
@@ -225,7 +227,7 @@ def read_manifest(path: Path) -> dict:
                     raise ValueError(f"{key} is {entry[key]!r}, expected {getattr(kind, '__name__', kind)}")
         if len({entry["file"] for entry in manifest["shards"]}) != len(manifest["shards"]):
             raise ValueError("a shard is listed twice")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         what = f"no field {error}" if isinstance(error, KeyError) else error
         raise DataError(f"{path}: not a valid manifest: {what}; delete it to have it built from the shards") from None
     return manifest

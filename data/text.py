@@ -78,7 +78,7 @@ def parse_line(where: str, line: bytes, field: str) -> str:
         document = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8: byte 0x{line[error.start]:02x}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}") from None
     if not isinstance(document, dict):
         raise DataError(f"{where}: a JSON {type(document).__name__}, expected an object with the field {field!r}")
@@ -214,15 +214,18 @@ def main(
         workers: Threads that tokenize; 0 is one for each core.
     """
     directory = out / name
-    if Path(name).name != name or name.startswith("."):
+    if not name or Path(name).name != name or name.startswith("."):
         print(f"error: name {name!r}: expected a plain directory name", file=sys.stderr)
         return BAD_OPTION
     files = {"train": expand(train), "val": expand(val)}
     for split, paths in files.items():
         if not paths:
             raise DataError(f"--{split}: no files")
-    for path in set(files["train"]) & set(files["val"]):
+    for path in {path.resolve() for path in files["train"]} & {path.resolve() for path in files["val"]}:
         raise DataError(f"{path}: in --train and in --val")
+    if workers < 0:
+        print(f"error: workers {workers}: expected 0 or more", file=sys.stderr)
+        return BAD_OPTION
 
     n_bytes = sum(path.stat().st_size for paths in files.values() for path in paths)
     with prepare(directory) as temporary:

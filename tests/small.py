@@ -118,7 +118,7 @@ def status(run: Path) -> dict:
 
 def steps(run: Path) -> list[int]:
     """Of the checkpoints."""
-    return sorted(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
+    return sorted(int(path.name.removeprefix("step-")) for path in run.glob("step-*") if path.name[5:].isdigit())
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

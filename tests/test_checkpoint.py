@@ -508,6 +508,21 @@ def test_no_status_of_an_earlier_end_while_a_run_goes_on(runs, monkeypatch):
     assert seen == [False] * 4 and (runs.path / "status.json").exists()
 
 
+def test_copies_and_links_of_the_user_stay(runs):
+    assert runs(save_every=2, stop_after=4) == 0
+    shutil.copytree(runs.path / "step-00000002", runs.path / "step-00000002.bak")
+    (runs.path / "step-00000002-best").symlink_to("step-00000002.bak")
+    assert runs(save_every=1) == 0
+    assert steps(runs.path) == [5, 6]
+    assert (runs.path / "step-00000002.bak").is_dir() and (runs.path / "step-00000002-best").is_symlink()
+
+
+def test_a_step_of_nine_digits_is_newer(tmp_path):
+    for step in 99_999_999, 100_000_000:
+        (tmp_path / checkpoint.directory_name(step)).mkdir()
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [100_000_000, 99_999_999]
+
+
 def test_find(runs, monkeypatch):
     assert runs(run_name="b", save_every=6) == 0
     assert runs(run_name="a", save_every=6) == 0

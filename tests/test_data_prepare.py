@@ -194,6 +194,7 @@ BAD = {
     "pattern": ("no*.txt", None, "no*.txt: no such file"),
     "kind": ("a.csv", b"a,b", "a.csv: expected a name in .txt or .jsonl"),
     "json": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl: line 2: not JSON"),
+    "deep json": ("a.jsonl", b"[" * 200_000, "a.jsonl: line 1: not JSON"),
     "object": ("a.jsonl", b"[1]", "a.jsonl: line 1: a JSON list"),
     "field": ("a.jsonl", b'\n{"title": "a", "body": "b"}', "a.jsonl: line 2: no field 'text', only title, body"),
     "number": ("a.jsonl", b'{"text": 3}', "a.jsonl: line 1: field 'text' is not text: 3"),
@@ -221,8 +222,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, val, capsys, bad):
     assert not [path for path in tmp_path.glob("data/*") if path.name != ".mine.lock"]
 
 
-def test_the_same_file_in_train_and_val(tmp_path, val, capsys):
-    assert prepare_text(tmp_path, val, "val.txt") == 7
+@pytest.mark.parametrize("spelling", ["val.txt", "sub/../val.txt"])
+def test_the_same_file_in_train_and_val(tmp_path, val, capsys, spelling):
+    (tmp_path / "sub").mkdir()
+    assert prepare_text(tmp_path, val, spelling) == 7
     assert "in --train and in --val" in capsys.readouterr().err
 
 

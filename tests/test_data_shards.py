@@ -30,6 +30,12 @@ def one_line(error):
 # --- one shard
 
 
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "train_000000.bin")
+    with pytest.raises(DataError, match="not a regular file"):
+        Shard(tmp_path / "train_000000.bin")
+
+
 def test_write_then_read(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 1 << 16, 1000)
     write_shard(tmp_path / "train_000000.bin", tokens)

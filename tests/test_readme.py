@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout: only git knows which files belong")
 def test_file_map_is_the_repository():
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        ["git", "ls-files"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout.split()
     files = {name for name in listed if (ROOT / name).exists()}

@@ -251,7 +251,14 @@ def test_the_limits_themselves_are_allowed(name, value):
     assert getattr(replace(base, **{name: value}), name) == value
 
 
+def test_variables_that_are_not_torchruns_are_refused(runs, capsys, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 2)
+    assert runs(dry_run=True) == 2 and "unset" in capsys.readouterr().err
+
+
 def test_what_does_not_divide_over_the_processes_is_refused(runs, capsys, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     for world_size, code in ((4, 0), (3, 2), (8, 2)):
         monkeypatch.setattr(train_gpt2, "WORLD_SIZE", world_size)
         assert runs(dry_run=True) == code

@@ -88,6 +88,7 @@ def frequencies(n=4000, logits=LOGITS, temperature=1.0, top_k=0, top_p=1.0):
     ({"top_p": 0.8}, [0, 0.5, 0.15, 0.25]),
     ({"top_p": 0.95}, [0.1, 0.5, 0.15, 0.25]),
     ({"top_p": 1e-9}, [0, 1, 0, 0]),
+    ({"top_p": 1e-300}, [0, 1, 0, 0]),
     ({"top_k": 2, "top_p": 0.95}, [0, 0.5, 0, 0.25]),
     ({"top_k": 3, "top_p": 0.6}, [0, 0.5, 0, 0.25]),
     ({"top_p": 0.7, "temperature": 0.5}, [0, 1, 0, 0]),  # after the temperature 0.25 / 0.345 is 0.72

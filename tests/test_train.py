@@ -575,6 +575,19 @@ def test_no_place_for_shakespeare(runs, monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_closed_pipe_does_not_end_a_run(runs):
+    process = runs.start(val_every=1, save_every=6)
+    process.stdout.close()
+    assert process.wait() == 0
+    assert status(runs.path)["reason"] == "finished" and steps(runs.path) == [6]
+
+
+def test_a_lost_terminal_stops_like_sigterm(runs, monkeypatch):
+    signal_at(monkeypatch, 3, signal.SIGHUP)
+    assert runs(save_every=6) == 75
+    assert status(runs.path)["reason"] == "SIGHUP" and steps(runs.path) == [4]
+
+
 LONG = {"max_steps": 100_000, "val_every": 10, "save_every": 7}
 
 
