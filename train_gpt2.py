@@ -50,6 +50,8 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 @dataclass(frozen=True)
 class Options:
+    """Everything on the command line."""
+
     train: TrainConfig
     gpt: GPTConfig
     list: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -293,9 +295,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        machine.synchronize(device)
         step_s = time.perf_counter() - clock
-        time_s += step_s
+        clock, time_s = clock + step_s, time_s + step_s  # what a GPU still has to do counts for the next step
 
         # --- log, with an evaluation if it is due ---
         row = {
@@ -321,7 +322,9 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
                 checkpoint.save(run.path, step, model, optimizer, described, config.keep_last)
         if stopping:
             break
-        clock = time.perf_counter()
+        if due or "val_loss" in row:  # not training time
+            machine.synchronize(device)
+            clock = time.perf_counter()
     bar.close()
     if step == config.max_steps:
         return "finished", rundir.DONE
@@ -373,9 +376,8 @@ def main(arguments: list[str] | None = None) -> int:
     elif RANK == 0 and checkpoint.list_checkpoints(run.path):
         name = shlex.quote(run.path.name if config.out_dir == "runs" else str(run.path))
         print0(f"sample from it: python sample.py --run {name}")
-    if WORLD_SIZE > 1:
-        if code in (rundir.DONE, rundir.STOPPED):
-            dist.barrier()  # else torchrun ends the process that saves when the first of the others is gone
+    if WORLD_SIZE > 1 and code in (rundir.DONE, rundir.STOPPED):
+        dist.barrier()  # else torchrun ends the process that saves when the first of the others is gone
         dist.destroy_process_group()
     return code
 
