@@ -187,7 +187,7 @@ class StopSignal:
     def __init__(self, distributed: bool):
         self.received, self.distributed = None, distributed
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so does its command
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's command ignores it
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):

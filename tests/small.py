@@ -81,7 +81,7 @@ class Runs:
 
 def call(main, arguments: list[str]) -> int:
     """Exit code of a command's main, which may end by tyro's own SystemExit; its signal handlers are taken away."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         return main(arguments)
     except SystemExit as end:

@@ -582,9 +582,16 @@ def test_a_closed_pipe_does_not_end_a_run(runs):
     assert status(runs.path)["reason"] == "finished" and steps(runs.path) == [6]
 
 
-def test_a_lost_terminal_stops_like_sigterm(runs, monkeypatch):
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_lost_terminal_stops_like_sigterm(runs, monkeypatch, nohup):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
     signal_at(monkeypatch, 3, signal.SIGHUP)
-    assert runs(save_every=6) == 75
+    code = runs(save_every=6)
+    signal.signal(signal.SIGHUP, before)
+    if nohup:
+        assert code == 0 and steps(runs.path) == [6]
+        return
+    assert code == 75
     assert status(runs.path)["reason"] == "SIGHUP" and steps(runs.path) == [4]
 
 
