@@ -118,9 +118,11 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
 def print0(*words, file=None):
     """Prints on the first process, above a progress bar if there is one."""
     if RANK == 0:
-        with suppress(OSError):  # a closed pipe must not end a run
+        try:
             tqdm.write(" ".join(str(word) for word in words), file=file)
             (file or sys.stdout).flush()
+        except OSError:  # a closed pipe must not end a run, here or where tqdm flushes stdout
+            sys.stdout = open(os.devnull, "w")
 
 
 # -----------------------------------------------------------------------------
