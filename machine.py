@@ -24,12 +24,12 @@ def select_device(name: str = "auto") -> torch.device:
     """
     if name not in ("auto", "cpu", "cuda", "mps"):
         raise ValueError(f"device={name!r} must be one of auto, cpu, cuda, mps")
-    if name == "cpu" or (name == "auto" and not nvidia_device_present() and not torch.backends.mps.is_available()):
-        return torch.device("cpu")
-    if name == "mps" or (name == "auto" and not nvidia_device_present()):
-        if not torch.backends.mps.is_available():
-            raise ValueError("device=mps: torch sees no MPS device")
-        return torch.device("mps")
+    if name == "auto":
+        name = "cuda" if nvidia_device_present() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device=mps: torch sees no MPS device")
+    if name != "cuda":
+        return torch.device(name)
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:

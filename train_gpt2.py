@@ -193,9 +193,11 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     rundir.check_writable(run.path)
     dataset, train_windows, val_windows = open_data(config, gpt_config)
     settings = result_settings(config, gpt_config) | {"data": dataset.fingerprint}
+    weights_from = None
     if config.init_from is not None and not (run.path / "config.json").exists():
+        weights_from = checkpoint.find(config.init_from, config.out_dir)
         with torch.device("meta"):
-            checkpoint.check_shapes(checkpoint.find(config.init_from, config.out_dir), GPT(gpt_config))
+            checkpoint.check_shapes(weights_from, GPT(gpt_config))
     start = torch.full((1,), -1)
     try:  # the first process looks where to start, and all get its answer
         if RANK == 0:
@@ -226,7 +228,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         checkpoint.load_optimizer(saved, model, optimizer)
         print0(f"resuming from {saved}")
     elif config.init_from is not None:
-        checkpoint.load_weights(checkpoint.find(config.init_from, config.out_dir), model)
+        checkpoint.load_weights(weights_from or checkpoint.find(config.init_from, config.out_dir), model)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         model.compile(dynamic=False, fullgraph=True)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.tokenizer import token_bytes
+from data.tokenizer import EOT, token_bytes
 from files import fsync, write_json
 from rundir import CANNOT_WRITE, INTERRUPTED, DataError
 
@@ -187,8 +187,6 @@ def shard_files(directory: Path) -> list[tuple[str, str]]:
 
 def build_manifest(directory: Path, source: str | None = None, licence: str | None = None) -> dict:
     """What manifest.json has to say about the GPT-2 shards in `directory`, from reading them all."""
-    from data.tokenizer import EOT  # here, because data.tokenizer imports this module
-
     try:
         bytes_of_token = token_bytes()
     except DataError as error:
