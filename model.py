@@ -5,6 +5,7 @@ Shapes: B batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V = 
 
 To try a new attention: add a field to GPTConfig, a subclass of CausalSelfAttention with its own `attend`,
 a line in `attention_class`, and a line in configs/variants.py. The tests pick it up from there.
+The kernels that compute attention are in attention.py.
 
 GPT-2: Radford et al. 2019. Rotary embedding: arXiv 2104.09864. RMSNorm: arXiv 1910.07467.
 """
@@ -16,7 +17,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from attention import (
+    WINDOW_ATTENTION,
+    causal_attention,
+    choose_window_backend,
+    compile_static,
+    sdpa_choice,
+    use_sdpa,
+    window_tables,
+)
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -115,7 +125,7 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q, k, v):
         """softmax(q k^T / sqrt(D)) v over the keys that each query sees; q, k, v and the result are (B, H, T, D)."""
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return causal_attention(q, k, v)
 
     def forward(self, x, cos, sin, cache=None):
         """x and the result: (B, T, C); cos, sin: (T, D / 2); cache: takes the place of `attend` when sampling."""
@@ -130,26 +140,20 @@ class CausalSelfAttention(nn.Module):
 
 
 class SlidingWindowAttention(CausalSelfAttention):
-    """Each query sees the last W keys, its own included. Two kernels compute it; GPT's `window_backend` chooses."""
+    """Each query sees the last W keys, its own included. Three kernels compute it; GPT's `window_backend` chooses."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.window_size = config.window_size
-        self.window_backend = None  # execution only: set by GPT
-        self.block_mask = None  # of flex; None is blocked
+        self.backend, self.tables = None, {}  # execution only, see `prepare`
 
-    def prepare(self, T: int, device: torch.device):
-        """Chooses the kernel for what comes; ValueError where the one asked for cannot serve."""
-        backend = self.window_backend or ("flex" if device.type == "cuda" else "blocked")
-        if backend == "flex" and device.type != "cuda":
-            raise ValueError(f"window_backend='flex' serves CUDA only (no backward on {device.type}): use 'blocked'")
-        self.block_mask = window_block_mask(T, self.window_size, device) if backend == "flex" else None
+    def prepare(self, asked: str | None, B: int, T: int, device: torch.device, dtype: torch.dtype):
+        """Chooses the kernel for what comes and makes its tables; ValueError where the one asked for cannot serve."""
+        self.backend = choose_window_backend(asked, self.head_dim, device, dtype)
+        self.tables = window_tables(self.backend, B, T, self.window_size, self.head_dim, device, dtype)
 
     def attend(self, q, k, v):
-        if self.block_mask is None:
-            return blocked_window_attention(q, k, v, self.window_size)
-        flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-        return flex(q, k, v, block_mask=self.block_mask)
+        return WINDOW_ATTENTION[self.backend](q, k, v, self.window_size, **self.tables)
 
 
 class MLP(nn.Module):
@@ -191,24 +195,23 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """
     config: what it computes. window_backend: which kernel computes a window, None is flex on CUDA and blocked
-    elsewhere; both give the same function. seed: of the initial weights, drawn from a generator of their own.
+    elsewhere; all give the same function. seed: of the initial weights, drawn from a generator of their own.
     """
 
     def __init__(self, config: GPTConfig, window_backend: str | None = None, seed: int = 0):
         super().__init__()
-        if window_backend not in (None, *WINDOW_BACKENDS):
-            raise ValueError(f"window_backend={window_backend!r} must be one of {', '.join(WINDOW_BACKENDS)}")
-        self.config = config
+        if window_backend is not None:
+            if window_backend not in WINDOW_ATTENTION:
+                raise ValueError(f"window_backend={window_backend!r} must be one of {', '.join(WINDOW_ATTENTION)}")
+            if config.window_size is None:
+                raise ValueError(f"window_backend={window_backend!r} has no use: window_size is None")
+        self.config, self.window_backend = config, window_backend
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        if window_backend is not None and not self.windowed_attentions():
-            raise ValueError(f"window_backend={window_backend!r} has no use: window_size is None")
-        for attention in self.windowed_attentions():
-            attention.window_backend = window_backend
         self.init_weights(seed)
 
     def init_weights(self, seed: int):
@@ -237,91 +240,30 @@ class GPT(nn.Module):
 
     def compile(self, **options):
         """torch.compile of all that depends on idx; tables and block masks are made once, outside the graph."""
-        self.run = torch.compile(self.run, **options)
+        self.run = compile_static(self.run, **options)
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """Of the residual stream and the products; autocast alone would keep the stream in float32."""
+        on = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if on else self.lm_head.weight.dtype
 
     def forward(self, idx, targets=None):
         """
         idx, targets: (B, T) int64. Without targets returns (logits (B, T, V), None); with targets (None, loss), the
         mean cross-entropy in nats over the targets that are not -1.
         """
-        T = idx.size(1)
+        (B, T), D, device, dtype = idx.shape, self.config.head_dim, idx.device, self.compute_dtype(idx.device)
         for attention in self.windowed_attentions():
-            attention.prepare(T, idx.device)
-        return self.run(idx, targets, *rotary_tables(T, self.config.head_dim, idx.device))
+            attention.prepare(self.window_backend, B, T, device, dtype)
+        with use_sdpa(sdpa_choice(T, D, device, dtype, masked=self.window_backend == "blocked")):
+            return self.run(idx, targets, *rotary_tables(T, D, device))
 
     def run(self, idx, targets, cos, sin, caches=None):
         """`forward` with its tables, (T, D / 2) each; caches: one LayerCache (kv_cache.py) per layer, or None."""
-        x = self.transformer.wte(idx)  # (B, T, C)
-        if torch.is_autocast_enabled(x.device.type):  # else autocast keeps the residual stream in float32
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.transformer.wte(idx).to(self.compute_dtype(idx.device))  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cos, sin, caches and caches[layer])
         logits = self.lm_head(norm(x))  # (B, T, V)
         if targets is None:
             return logits, None
         return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-
-
-# -----------------------------------------------------------------------------
-# kernels for a causal window
-
-WINDOW_BACKENDS = ("flex", "blocked")
-
-
-@functools.cache
-def compiled_flex_attention():
-    """flex_attention is fused only when compiled; fullgraph turns a fall-back to the unfused form into an error."""
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
-
-
-@functools.lru_cache(maxsize=32)
-def window_block_mask(T: int, window_size: int, device: torch.device) -> BlockMask:
-    """
-    Which blocks of 128 queries and 128 keys flex_attention computes, in closed form: no T x T step, unlike
-    `create_block_mask`. One mask per shape is shared by all layers and steps.
-    """
-    block_size = 128
-    index = torch.arange(-(-T // block_size), device=device)
-    distance = (index[:, None] - index[None, :]) * block_size  # q_idx - kv_idx between the blocks' first elements
-    visible = (distance >= 0) & (distance - block_size + 1 < window_size)  # at least one pair is visible
-    full = (distance > 0) & (distance + block_size - 1 < window_size)  # every pair is
-
-    def blocks(chosen):  # count (1, 1, rows) and, first in each row, the indices (1, 1, rows, columns) of chosen blocks
-        order = chosen.int().argsort(dim=1, descending=True, stable=True)
-        return chosen.sum(dim=1).int()[None, None], order.int()[None, None]
-
-    def visible_pair(b, h, q_idx, kv_idx):
-        return (q_idx >= kv_idx) & (q_idx - kv_idx < window_size)
-
-    return BlockMask.from_kv_blocks(*blocks(visible & ~full), *blocks(full), BLOCK_SIZE=block_size,
-                                    mask_mod=visible_pair, seq_lengths=(T, T))
-
-
-def blocked_window_attention(q, k, v, window_size: int):
-    """
-    Exact causal window out of scaled_dot_product_attention, linear in T, with gradients on every device.
-    Queries go in blocks of W; each block sees its own and the previous block of keys. q, k, v: (B, H, T, D).
-    """
-    B, H, T, D = q.shape
-    W = window_size
-    first = F.scaled_dot_product_attention(q[:, :, :W], k[:, :, :W], v[:, :, :W], is_causal=True)
-    if T <= W:
-        return first
-    n_block = -(-T // W) - 1  # blocks after the first
-
-    def blocks(x):  # (B, H, T, D) -> (B, H, n_block + 1, W, D); what pads the last one no query before it can see
-        return F.pad(x, (0, 0, 0, (n_block + 1) * W - T)).view(B, H, n_block + 1, W, D)
-
-    def pairs(x):  # (B, H, T, D) -> (B, H, n_block, 2 W, D): each block of keys behind its predecessor
-        return torch.cat((blocks(x)[:, :, :-1], blocks(x)[:, :, 1:]), dim=3)
-
-    def to_batch(x):  # (B, H, n_block, n, D) -> (B n_block, H, n, D): the fused kernels take 4 dimensions
-        return x.transpose(1, 2).reshape(B * n_block, H, -1, D)
-
-    q_idx, kv_idx = torch.arange(W, 2 * W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
-    mask = (q_idx >= kv_idx) & (q_idx - kv_idx < W)  # (W, 2 W)
-    rest = F.scaled_dot_product_attention(
-        to_batch(blocks(q)[:, :, 1:]), to_batch(pairs(k)), to_batch(pairs(v)), attn_mask=mask
-    )  # (B n_block, H, W, D)
-    rest = rest.view(B, n_block, H, W, D).transpose(1, 2).reshape(B, H, n_block * W, D)
-    return torch.cat((first, rest[:, :, : T - W]), dim=2)

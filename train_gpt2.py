@@ -32,6 +32,7 @@ import checkpoint
 import data.shakespeare
 import machine
 import rundir
+from attention import block_mask_cost, choose_window_backend
 from configs.recipes import TrainConfig, recipe, result_settings, run_name
 from configs.variants import VARIANTS, model_name, variant
 from data.loader import Windows, micro_batch, train_order, val_batches
@@ -86,8 +87,9 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
     T, window_size = config.sequence_length, gpt_config.window_size
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
-    for attention in model.windowed_attentions():
-        attention.prepare(T, device)  # raises if the kernel cannot serve there
+    if window_size is not None:  # raises if the kernel cannot serve here
+        choose_window_backend(config.window_backend, gpt_config.head_dim, device,
+                              machine.matmul_dtype(device, config.dtype))
 
     if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
         raise ValueError(f"{RANK=} and {WORLD_SIZE=} in the environment are not torchrun's: unset them")
@@ -230,7 +232,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     elif config.init_from is not None:
         checkpoint.load_weights(weights_from or checkpoint.find(config.init_from, config.out_dir), model)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        model.compile(dynamic=False, fullgraph=True)
+        model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
     dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -267,6 +269,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         model.zero_grad(set_to_none=True)
 
     if device.type == "cuda":
+        if gpt_config.window_size is not None and config.window_backend in (None, "flex"):
+            print0(block_mask_cost(T, gpt_config.window_size, device))
         rehearse()
     print0("attention kernels:", machine.attention_kernels(rehearse, device))
     machine.reset_peak(device)

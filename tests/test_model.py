@@ -11,21 +11,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import KNOWN_FIELDS, attention, reference_loss_and_gradients
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.utils._python_dispatch import TorchDispatchMode
+from reference import KNOWN_FIELDS, reference_loss_and_gradients
 
 import model as model_file
+from attention import compiled_flex
 from configs.variants import VARIANTS, model_name, variant
-from model import (
-    GPT,
-    GPTConfig,
-    attention_class,
-    blocked_window_attention,
-    compiled_flex_attention,
-    rotary_tables,
-    window_block_mask,
-)
+from model import GPT, GPTConfig, attention_class, rotary_tables
 
 # -----------------------------------------------------------------------------
 # the flag sets of VARIANTS, on a small body
@@ -276,8 +267,10 @@ def test_forward_gives_logits_or_loss_and_ignores_targets_of_minus_one():
 def fresh_compiler():
     """On CUDA each shape and window is a compilation of its own; without this the limit on them would be hit."""
     torch._dynamo.reset()
+    compiled_flex.cache_clear()
     yield
     torch._dynamo.reset()
+    compiled_flex.cache_clear()
 
 
 @every_flag_set
@@ -304,7 +297,7 @@ def test_compile_equals_eager():
     gpt = make(WINDOW_SL, scale=4)
     loss, gradients = loss_and_gradients(gpt, idx, targets)
     torch._dynamo.utils.counters.clear()
-    gpt.compile(fullgraph=True, dynamic=False)
+    gpt.compile()
     compiled_loss, compiled_gradients = loss_and_gradients(gpt, idx, targets)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "nothing was compiled"
     assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-5)
@@ -355,7 +348,10 @@ def test_a_query_sees_exactly_its_window(window, T=23):
     config = GPTConfig(n_layer=1, n_head=2, n_embd=64, window_size=window)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, T, 32, generator=generator, requires_grad=True) for _ in range(3))
-    out = attention_class(config, 0)(config).attend(q, k, v)
+    layer = attention_class(config, 0)(config)
+    if window is not None:
+        layer.prepare(None, 2, T, q.device, q.dtype)
+    out = layer.attend(q, k, v)
     for t in range(T):
         dk, dv = torch.autograd.grad(out[:, :, t].sum(), (k, v), retain_graph=True)
         first = 0 if window is None else max(0, t + 1 - window)
@@ -377,100 +373,9 @@ def test_a_window_of_the_whole_sequence_is_full_attention(T=21):
     assert narrower.item() != pytest.approx(expected_loss.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("T", [1, 5, 16, 17, 33])
-@pytest.mark.parametrize("window", [1, 2, 3, 8, 16, 40])
-def test_blocked_window_attention_equals_dense(T, window):
-    generator = torch.Generator().manual_seed(T)
-    q, k, v, d_out = (torch.randn(2, 3, T, 8, generator=generator, dtype=torch.float64) for _ in range(4))
-    q, k, v = ((2 * x).requires_grad_() for x in (q, k, v))
-    actual, expected = blocked_window_attention(q, k, v, window), attention(q, k, v, window)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    for x, y in zip(torch.autograd.grad(actual, (q, k, v), d_out),
-                    torch.autograd.grad(expected, (q, k, v), d_out), strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
-
-
-def test_blocked_window_attention_is_linear_in_the_sequence():
-    """No tensor of forward or backward, saved or not, grows like T x T."""
-
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(x, torch.Tensor):
-                    self.elements = max(self.elements, x.numel())
-            return out
-
-    def largest_and_saved(T):
-        q, k, v = (torch.randn(1, 2, T, 8, requires_grad=True) for _ in range(3))
-        saved = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x)
-        with Largest() as largest, hooks:
-            blocked_window_attention(q, k, v, 8).sum().backward()
-        return largest.elements, sum(x.numel() for x in saved)
-
-    (largest, saved), (largest_4x, saved_4x) = largest_and_saved(256), largest_and_saved(1024)
-    assert largest > 256 and saved > 256
-    assert largest_4x < 4.5 * largest and saved_4x < 4.5 * saved
-
-
-def materialise(mask, T):
-    """(T, T) pairs that flex attention computes with this BlockMask, and (rows, columns) how often it lists a block."""
-    def listed(counts, indices):
-        blocks = torch.zeros(indices.shape[2:], dtype=torch.int64)
-        for row in range(blocks.size(0)):
-            for column in indices[0, 0, row, : counts[0, 0, row]].tolist():
-                blocks[row, column] += 1
-        return blocks
-
-    partial = listed(mask.kv_num_blocks, mask.kv_indices)
-    full = torch.zeros_like(partial)
-    if mask.full_kv_num_blocks is not None:
-        full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
-    transposed = listed(mask.q_num_blocks, mask.q_indices).T  # what the backward pass walks through
-    if mask.full_q_num_blocks is not None:
-        transposed = transposed + 2 * listed(mask.full_q_num_blocks, mask.full_q_indices).T
-    assert torch.equal(transposed, partial + 2 * full)
-
-    def pairs(blocks):
-        return blocks.bool().repeat_interleave(128, 0).repeat_interleave(128, 1)[:T, :T]
-
-    index = torch.arange(T)
-    allowed = mask.mask_mod(None, None, index[:, None], index[None, :])
-    return pairs(partial) & allowed | pairs(full), partial + full
-
-
-@pytest.mark.parametrize("T", [1, 127, 128, 129, 300, 1024, 1500])
-def test_window_block_mask_equals_dense_mask(T):
-    q_idx, kv_idx = torch.arange(T)[:, None], torch.arange(T)
-    for window in (1, 2, 127, 128, 129, 255, 256, 257, 1000, T, T + 200):
-        dense = (kv_idx <= q_idx) & (kv_idx > q_idx - window)
-        mask = window_block_mask(T, window, torch.device("cpu"))
-        pairs, blocks = materialise(mask, T)
-        assert torch.equal(pairs, dense), f"window {window}"
-        library = create_block_mask(lambda b, h, q, k, W=window: (q >= k) & (q - k < W), None, None, T, T, device="cpu")
-        library_pairs, library_blocks = materialise(library, T)
-        assert torch.equal(pairs, library_pairs), f"window {window}"
-        assert torch.equal(blocks, library_blocks), f"window {window}: a block too many, or one in both lists"
-        assert mask.seq_lengths == (T, T)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("T", "window"), [(1, 1), (40, 7), (129, 128), (300, 129), (300, 1000)])
-def test_flex_attention_with_the_mask_equals_dense(T, window):
-    """Uncompiled, on the CPU: values of the mask function. The fused kernel is tested on a GPU."""
-    generator = torch.Generator().manual_seed(T)
-    q, k, v = (torch.randn(2, 2, T, 16, generator=generator) for _ in range(3))
-    with torch.no_grad():
-        out = flex_attention(q, k, v, block_mask=window_block_mask(T, window, torch.device("cpu")))
-    assert error(out, attention(q.double(), k.double(), v.double(), window)) < 1e-6
-
-
 def test_window_backend():
     idx, targets = tokens(2, 23)
-    assert_one_line_error(lambda: GPT(WINDOW_SL, window_backend="flash"), "window_backend='flash'", "flex", "blocked")
+    assert_one_line_error(lambda: GPT(WINDOW_SL, window_backend="dense"), "'dense'", "flex, flash, blocked")
     assert_one_line_error(lambda: GPT(WINDOW_SL, window_backend="flex")(idx), "window_backend='flex'", "blocked")
     by_name = loss_and_gradients(make(WINDOW_SL, window_backend="blocked"), idx, targets)
     by_default = loss_and_gradients(make(WINDOW_SL), idx, targets)
@@ -582,39 +487,6 @@ def _replaced(base, overrides):
 # on a GPU: the fused kernel, and torch.compile of the whole model
 
 
-def values_and_gradients(attend, inputs, d_out):
-    q, k, v = (x.detach().clone().requires_grad_() for x in inputs)
-    out = attend(q, k, v)
-    return [out.detach(), *torch.autograd.grad(out, (q, k, v), d_out)]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("T", "window"), [(300, 1), (300, 2), (300, 127), (300, 128), (300, 129), (300, 300),
-                                           (700, 129), (700, 400), (50, 7), (256, 64)])
-def test_gpu_flex_attention_is_as_exact_as_plain_attention(T, window, dtype, fresh_compiler):
-    generator = torch.Generator().manual_seed(T)
-    *inputs, d_out = (torch.randn(2, 3, T, 64, generator=generator).to("cuda", dtype) for _ in range(4))
-
-    def flex(q, k, v):
-        return compiled_flex_attention()(q, k, v, block_mask=window_block_mask(T, window, q.device))
-
-    def dense(q, k, v):
-        return attention(q, k, v, window)
-
-    exact = values_and_gradients(dense, [x.double() for x in inputs], d_out.double())
-    plain = values_and_gradients(dense, inputs, d_out)
-    fused = values_and_gradients(flex, inputs, d_out)
-    for name, x, y, z in zip(("out", "dq", "dk", "dv"), fused, plain, exact, strict=True):
-        assert x.dtype == dtype
-        error_of_flex, error_of_plain = ((e.double() - z).abs().max().item() for e in (x, y))
-        allowed = 2 * error_of_plain + torch.finfo(dtype).eps * z.abs().max().item()
-        # with one key to see the softmax is constant: dq and dk are rounding noise of the products that cancel in them
-        if window == 1 and name in ("dq", "dk"):
-            allowed = 8 * torch.finfo(dtype).eps * exact[3].abs().max().item() * inputs[0].abs().max().item()
-        assert error_of_flex <= allowed, f"{name}: {error_of_flex} against {error_of_plain}"
-
-
 GPU_STEP = 130  # windows of more than one block of 128 keys: some blocks are full, some partial, some skipped
 
 
@@ -625,7 +497,7 @@ def test_gpu_compiled_model_equals_cpu(name, fresh_compiler):
     idx, targets = tokens(2, sequence_length(GPU_STEP))
     expected_loss, expected = loss_and_gradients(make(config, scale=4), idx, targets)
     gpt = make(config, scale=4).cuda()
-    gpt.compile(dynamic=False, fullgraph=True)
+    gpt.compile()
     loss, gradients = loss_and_gradients(gpt, idx.cuda(), targets.cuda())
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
     assert_close(gradients, expected, 1e-3)
@@ -640,15 +512,15 @@ def test_gpu_flex_equals_blocked(fresh_compiler):
     expected_loss, expected = loss_and_gradients(blocked, idx, targets)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
     assert_close(gradients, expected, 1e-3)
-    assert all(a.block_mask is flex.windowed_attentions()[0].block_mask for a in flex.windowed_attentions())
-    assert all(a.block_mask is None for a in blocked.windowed_attentions())
+    assert len({id(a.tables["block_mask"]) for a in flex.windowed_attentions()}) == 1
+    assert all(a.backend == "blocked" for a in blocked.windowed_attentions())
 
 
 @pytest.mark.gpu
 def test_gpu_compiled_model_trains_and_evaluates_at_two_lengths(fresh_compiler):
     config = replace(WINDOW_SL, window_size=130)
     cpu, gpt = make(config, scale=4), make(config, scale=4).cuda()
-    gpt.compile(dynamic=False, fullgraph=True)
+    gpt.compile()
     for T in (300, 200, 300):
         idx, targets = tokens(2, T)
         expected_loss, expected = loss_and_gradients(cpu, idx, targets)

@@ -1,0 +1,240 @@
+"""
+The kernels behind model.py's attention: one definition for full causal attention, three for a causal window.
+
+Every function here gives softmax(q k^T / sqrt(D)) v over the keys that each query sees, for q, k, v and a result of
+(B, H, T, D). Which kernel computes it is never left to chance: one that cannot serve raises ValueError, one that would
+run in a slow form raises SlowPath.
+
+Shapes: B batch, T tokens in a sequence, H heads, D head_dim, W window_size.
+"""
+
+import functools
+import time
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+
+class SlowPath(RuntimeError):
+    """A fused or compiled form was asked for, and torch would have run another one."""
+
+    exit_code = 2
+
+
+def compile_static(function, **options):
+    """
+    torch.compile with static shapes into one graph. A call is compiled once for its shapes, dtypes, grad mode and
+    autocast; to compile it again, or to run it uncompiled at torch's limit, raises SlowPath.
+    """
+    compiled = torch.compile(function, dynamic=False, fullgraph=True, **options)
+    seen = set()
+
+    def call(*arguments):
+        key = (torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"),
+               *map(signature, arguments))
+        try:
+            with torch.compiler.set_stance("fail_on_recompile" if key in seen else "default"):
+                result = compiled(*arguments)
+        except RuntimeError as error:
+            if "fail_on_recompile" in str(error):
+                why = str(error).partition("guard failure(s):")[2] or "its compiled form is gone"
+                raise SlowPath(f"{function.__name__} would be compiled again for shapes that it has been compiled for "
+                               f"({' '.join(why.split())[:300]})") from error
+            if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
+                raise SlowPath(f"{function.__name__} has been compiled for {torch._dynamo.config.recompile_limit} "
+                               "shapes, torch's limit (torch._dynamo.config.recompile_limit)") from error
+            raise
+        seen.add(key)
+        return result
+
+    return call
+
+
+def signature(argument):
+    """What a compiled form of a function depends on, of one argument."""
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad
+    return argument if isinstance(argument, int | None) else type(argument)
+
+
+# -----------------------------------------------------------------------------
+# full causal attention
+
+
+def sdpa_choice(T: int, head_dim: int, device: torch.device, dtype: torch.dtype, masked=False) -> SDPBackend | None:
+    """
+    The kernel of scaled_dot_product_attention on CUDA: in 16 bits cuDNN from Hopper on (on an H100 it takes 2/3 of
+    FlashAttention-2's time) and FlashAttention-2 before, in float32 or with a mask the memory-efficient one (cuDNN's
+    backward with a mask gave NaN, pytorch#196678). None on other devices, which have one.
+    """
+    if device.type != "cuda" or torch.version.cuda is None:  # on AMD torch has its own
+        return None
+    major, _ = torch.cuda.get_device_capability(device)
+    if dtype in (torch.bfloat16, torch.float16) and not masked:
+        if major >= 9 and head_dim <= 128 and head_dim % 8 == 0 and T > 1:
+            return SDPBackend.CUDNN_ATTENTION
+        if major >= 8 and head_dim <= 256:
+            return SDPBackend.FLASH_ATTENTION
+    return SDPBackend.MATH if dtype == torch.float64 else SDPBackend.EFFICIENT_ATTENTION
+
+
+def use_sdpa(choice: SDPBackend | None):
+    """Context in which scaled_dot_product_attention takes this kernel or raises; None leaves the choice to torch."""
+    return nullcontext() if choice is None else sdpa_kernel(choice)
+
+
+def causal_attention(q, k, v):
+    """Full causal attention by the kernel of the context `use_sdpa`."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+# -----------------------------------------------------------------------------
+# causal window
+
+
+def choose_window_backend(name: str | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The back end by name, or flex on CUDA and blocked elsewhere. ValueError, in one line, where it cannot serve."""
+    backend = name or ("flex" if device.type == "cuda" else "blocked")
+    cannot = None
+    if backend != "blocked" and device.type != "cuda":
+        cannot = f"serves CUDA only, not {device.type}: use 'blocked'"
+    elif backend == "flex" and head_dim < 16:
+        cannot = f"has no kernel for heads of {head_dim}, only from 16 on: use 'blocked'"
+    elif backend == "flash" and dtype not in (torch.bfloat16, torch.float16):
+        cannot = f"computes in 16 bits, not {str(dtype).removeprefix('torch.')}: use 'flex' or 'blocked'"
+    elif backend == "flash" and (head_dim % 8 or head_dim > 256):
+        cannot = f"has no kernel for heads of {head_dim}, only for multiples of 8 up to 256: use 'flex' or 'blocked'"
+    elif backend == "flash" and torch.cuda.get_device_capability(device) < (8, 0):
+        cannot = "needs an Ampere GPU or newer: use 'blocked'"
+    if cannot:
+        raise ValueError(f"window_backend={backend!r} {cannot}")
+    return backend
+
+
+def window_tables(backend: str, B: int, T: int, W: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+    """The keyword arguments, beside q, k, v and W, of the back end's function: made once per shape, outside graphs."""
+    if backend == "flex":
+        return {"block_mask": window_block_mask(T, W, device), "kernel_options": flex_options(head_dim, device, dtype)}
+    return {"sequence_starts": sequence_starts(B, T, device)} if backend == "flash" else {}
+
+
+# --- flex: torch's flex_attention, a kernel generated for the block mask ---
+
+
+def flex_window_attention(q, k, v, W, block_mask, kernel_options):
+    """flex_attention in its fused form, compiled with what surrounds it or else on its own; SlowPath without it."""
+    if torch.compiler.is_compiling():
+        return fused_flex(q, k, v, block_mask, kernel_options, W)
+    return compiled_flex()(q, k, v, block_mask, kernel_options, W)
+
+
+def fused_flex(q, k, v, block_mask, kernel_options, W):
+    if not torch.compiler.is_compiling():
+        raise SlowPath("flex_attention would run uncompiled, with T x T scores in memory: is torch.compile off "
+                       "(TORCH_COMPILE_DISABLE)? Switch it on, or use --window_backend flash or blocked")
+    return flex_attention(q, k, v, block_mask=block_mask, kernel_options=kernel_options)
+
+
+@functools.cache
+def compiled_flex():
+    return compile_static(fused_flex)
+
+
+def flex_options(head_dim: int, device: torch.device, dtype: torch.dtype) -> dict:
+    """
+    Tiles that measured best on an H100 with heads of 64 over windows of 128 to 1024: 1.1 to 1.25 times as fast as
+    torch's (docs/experiments.md). Elsewhere torch's own. BLOCKS_ARE_CONTIGUOUS would be wrong for windows.
+    """
+    if torch.cuda.get_device_capability(device) != (9, 0) or head_dim > 64 or dtype == torch.float32:
+        return {}
+    return {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 2,
+            "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32,
+            "bwd_num_warps": 4, "bwd_num_stages": 3}
+
+
+@functools.lru_cache(maxsize=32)
+def window_block_mask(T: int, W: int, device: torch.device) -> BlockMask:
+    """
+    Which blocks of 128 queries and 128 keys flex_attention computes, in closed form: no T x T step, unlike
+    `create_block_mask`. One mask per shape is shared by all layers and steps.
+    """
+    block_size = 128
+    index = torch.arange(-(-T // block_size), device=device)
+    distance = (index[:, None] - index[None, :]) * block_size  # q_idx - kv_idx between the blocks' first elements
+    visible = (distance >= 0) & (distance - block_size + 1 < W)  # at least one pair is visible
+    full = (distance > 0) & (distance + block_size - 1 < W)  # every pair is
+
+    def blocks(chosen):  # count (1, 1, rows) and, first in each row, the indices (1, 1, rows, columns) of chosen blocks
+        order = chosen.int().argsort(dim=1, descending=True, stable=True)
+        return chosen.sum(dim=1).int()[None, None], order.int()[None, None]
+
+    def visible_pair(b, h, q_idx, kv_idx):
+        return (q_idx >= kv_idx) & (q_idx - kv_idx < W)
+
+    return BlockMask.from_kv_blocks(*blocks(visible & ~full), *blocks(full), BLOCK_SIZE=block_size,
+                                    mask_mod=visible_pair, seq_lengths=(T, T))
+
+
+def block_mask_cost(T: int, W: int, device: torch.device) -> str:
+    """Builds the block mask and says in one line what it costs: memory that it keeps in MiB, time in ms."""
+    before, clock = torch.cuda.memory_allocated(device), time.perf_counter()
+    window_block_mask(T, W, device)
+    torch.cuda.synchronize(device)
+    kept_mib = (torch.cuda.memory_allocated(device) - before) / 2**20
+    return f"block mask T={T} W={W}: +{kept_mib:.2f} MiB, {(time.perf_counter() - clock) * 1000:.0f} ms"
+
+
+# --- flash: FlashAttention as built into torch, or as activated there by the user ---
+
+
+def flash_window_attention(q, k, v, W, sequence_starts):
+    """varlen_attn over the B sequences as one; its window counts the keys before the query's own."""
+    B, _, T, _ = q.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B, H, T, D) -> (B T, H, D)
+    y = varlen_attn(q, k, v, sequence_starts, sequence_starts, T, T, window_size=(W - 1, 0))
+    return y.unflatten(0, (B, T)).transpose(1, 2)  # (B T, H, D) -> (B, H, T, D)
+
+
+@functools.lru_cache(maxsize=32)
+def sequence_starts(B: int, T: int, device: torch.device):
+    """Where each sequence begins among B T tokens, and the end: int32 (B + 1,)."""
+    return torch.arange(0, B * T + 1, T, device=device, dtype=torch.int32)
+
+
+# --- blocked: scaled_dot_product_attention on blocks, for every device and dtype ---
+
+
+def blocked_window_attention(q, k, v, W):
+    """
+    Exact causal window out of scaled_dot_product_attention, linear in T, with gradients on every device.
+    Queries go in blocks of W; each block sees its own and the previous block of keys.
+    """
+    B, H, T, D = q.shape
+    first = causal_attention(q[:, :, :W], k[:, :, :W], v[:, :, :W])
+    if T <= W:
+        return first
+    n_block = -(-T // W) - 1  # blocks after the first
+
+    def blocks(x):  # (B, H, T, D) -> (B, H, n_block + 1, W, D); what pads the last one no query before it can see
+        return F.pad(x, (0, 0, 0, (n_block + 1) * W - T)).view(B, H, n_block + 1, W, D)
+
+    def pairs(x):  # (B, H, T, D) -> (B, H, n_block, 2 W, D): each block of keys behind its predecessor
+        return torch.cat((blocks(x)[:, :, :-1], blocks(x)[:, :, 1:]), dim=3)
+
+    def to_batch(x):  # (B, H, n_block, n, D) -> (B n_block, H, n, D): the fused kernels take 4 dimensions
+        return x.transpose(1, 2).reshape(B * n_block, H, -1, D)
+
+    q_idx, kv_idx = torch.arange(W, 2 * W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
+    mask = (q_idx >= kv_idx) & (q_idx - kv_idx < W)  # (W, 2 W)
+    rest = F.scaled_dot_product_attention(
+        to_batch(blocks(q)[:, :, 1:]), to_batch(pairs(k)), to_batch(pairs(v)), attn_mask=mask
+    )  # (B n_block, H, W, D)
+    rest = rest.view(B, n_block, H, W, D).transpose(1, 2).reshape(B, H, n_block * W, D)
+    return torch.cat((first, rest[:, :, : T - W]), dim=2)
+
+
+WINDOW_ATTENTION = {"flex": flex_window_attention, "flash": flash_window_attention, "blocked": blocked_window_attention}
