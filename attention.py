@@ -9,6 +9,7 @@ Shapes: B batch, T tokens in a sequence, H heads, D head_dim, W window_size.
 """
 
 import functools
+import re
 import time
 from contextlib import nullcontext
 
@@ -28,9 +29,19 @@ class SlowPath(RuntimeError):
 def compile_static(function, **options):
     """
     torch.compile with static shapes into one graph. A call is compiled once for its shapes, dtypes, grad mode and
-    autocast; to compile it again, or to run it uncompiled at torch's limit, raises SlowPath.
+    autocast; where torch would compile it again for the same ones, or run it uncompiled, it raises SlowPath.
     """
-    compiled = torch.compile(function, dynamic=False, fullgraph=True, **options)
+
+    name = function.__qualname__
+
+    @functools.wraps(function)
+    def fused(*arguments):
+        if not torch.compiler.is_compiling():
+            raise SlowPath(f"{name} would run uncompiled: is torch.compile off (TORCH_COMPILE_DISABLE)?")
+        return function(*arguments)
+
+    fused.__code__ = fused.__code__.replace(co_name=name)  # torch counts compilations per code object
+    compiled = torch.compile(fused, dynamic=False, fullgraph=True, **options)
     seen = set()
 
     def call(*arguments):
@@ -39,15 +50,15 @@ def compile_static(function, **options):
         try:
             with torch.compiler.set_stance("fail_on_recompile" if key in seen else "default"):
                 result = compiled(*arguments)
+        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+            raise SlowPath(f"{name} has been compiled for {torch._dynamo.config.recompile_limit} shapes, torch's limit "
+                           "(torch._dynamo.config.recompile_limit)") from error
         except RuntimeError as error:
-            if "fail_on_recompile" in str(error):
-                why = str(error).partition("guard failure(s):")[2] or "its compiled form is gone"
-                raise SlowPath(f"{function.__name__} would be compiled again for shapes that it has been compiled for "
-                               f"({' '.join(why.split())[:300]})") from error
-            if isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit):
-                raise SlowPath(f"{function.__name__} has been compiled for {torch._dynamo.config.recompile_limit} "
-                               "shapes, torch's limit (torch._dynamo.config.recompile_limit)") from error
-            raise
+            if "fail_on_recompile" not in str(error):
+                raise
+            guards = re.findall(r"- \d+/\d+: (.*?)(?:  |$)", str(error), re.MULTILINE)
+            raise SlowPath(f"{name} would be compiled again for shapes that it has been compiled for: "
+                           f"{'; '.join(guards) or 'its compiled form is gone'}") from error
         seen.add(key)
         return result
 
@@ -126,22 +137,19 @@ def window_tables(backend: str, B: int, T: int, W: int, head_dim: int, device: t
 
 
 def flex_window_attention(q, k, v, W, block_mask, kernel_options):
-    """flex_attention in its fused form, compiled with what surrounds it or else on its own; SlowPath without it."""
-    if torch.compiler.is_compiling():
-        return fused_flex(q, k, v, block_mask, kernel_options, W)
-    return compiled_flex()(q, k, v, block_mask, kernel_options, W)
+    """flex_attention, fused: compiled with what surrounds it, or on its own where that is not compiled."""
+    attend = flex if torch.compiler.is_compiling() else compiled_flex()
+    return attend(q, k, v, W, block_mask, kernel_options)
 
 
-def fused_flex(q, k, v, block_mask, kernel_options, W):
-    if not torch.compiler.is_compiling():
-        raise SlowPath("flex_attention would run uncompiled, with T x T scores in memory: is torch.compile off "
-                       "(TORCH_COMPILE_DISABLE)? Switch it on, or use --window_backend flash or blocked")
+def flex(q, k, v, W, block_mask, kernel_options):
     return flex_attention(q, k, v, block_mask=block_mask, kernel_options=kernel_options)
 
 
 @functools.cache
 def compiled_flex():
-    return compile_static(fused_flex)
+    """Uncompiled, flex_attention would keep T x T scores in memory."""
+    return compile_static(flex)
 
 
 def flex_options(head_dim: int, device: torch.device, dtype: torch.dtype) -> dict:

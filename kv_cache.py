@@ -4,10 +4,14 @@ What a model remembers while it writes: keys and values of the tokens so far, a 
 Memory is 2 x B x C x (W or max_tokens) elements per layer, however many tokens are written.
 """
 
-import torch
-import torch.nn.functional as F
+import math
 
+import torch
+
+from attention import compile_static
 from model import GPT, rotary_angles
+
+CHUNK_TOKENS = 256  # of a prompt at a time: what bounds the memory of the scores
 
 
 class LayerCache:
@@ -15,56 +19,98 @@ class LayerCache:
 
     def __init__(self, n_entries: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype):
         B, H, D = shape
+        self.n_entries = n_entries
         self.keys = torch.zeros(B, H, n_entries, D, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        self.positions = torch.full((n_entries,), -1, device=device)  # of the token in each entry; -1: none yet
-        self.next = torch.zeros(1, dtype=torch.int64, device=device)  # position of the next token
+        self.entry = self.visible = None  # of the tokens that come, see `places`
 
     def attend(self, q, k, v):
         """Attention of the next n tokens to the cached ones and themselves; q, k, v and the result are (B, H, n, D)."""
-        n, n_entries = q.size(2), len(self.positions)
-        position = self.next + torch.arange(n, device=q.device)
-        if n == 1:  # its entry is that of the token that has just left the window: nothing has to be copied
-            self.store(k, v, position)
-            keys, values, positions = self.keys, self.values, self.positions
-        else:
-            keys, values = torch.cat((self.keys, k), dim=2), torch.cat((self.values, v), dim=2)
-            positions = torch.cat((self.positions, position))
-            self.store(k, v, position)
-        distance = position[:, None] - positions  # (n, entries)
-        mask = (distance >= 0) & (distance < n_entries) & (positions >= 0)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
-
-    def store(self, k, v, position):
-        n_entries = len(self.positions)
-        self.next += len(position)
-        position = position[-n_entries:]  # of more tokens than entries, the last ones stay
-        entry = position % n_entries
-        self.keys.index_copy_(2, entry, k[:, :, -n_entries:])
-        self.values.index_copy_(2, entry, v[:, :, -n_entries:])
-        self.positions.index_copy_(0, entry, position)
+        n, n_stored = q.size(2), len(self.entry)
+        keys, values = self.keys, self.values
+        if n > 1:  # a token that they push out of the ring may still be seen by the first of them
+            keys, values = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
+        self.keys.index_copy_(2, self.entry, k[:, :, -n_stored:])
+        self.values.index_copy_(2, self.entry, v[:, :, -n_stored:])
+        score = (q @ keys.transpose(2, 3)).float() / math.sqrt(q.size(3))
+        weight = score.masked_fill(~self.visible, -math.inf).softmax(dim=3)
+        return weight.to(values.dtype) @ values
 
 
-CHUNK_TOKENS = 256  # of a prompt at a time: what bounds the memory of the scores
+def places(position, n_entries: int):
+    """
+    Where tokens at position, (n,) int64 and consecutive, go in a ring of S entries, and what they see: entries (at most
+    S, the last ones), and visible (n, S + n), the ring before them and then themselves; one token sees (1, S), with it.
+    """
+    S, n = n_entries, len(position)
+    last = position[-1] if n == 1 else position[0] - 1  # the newest token in the ring when `attend` looks
+    age = (last - torch.arange(S, device=position.device)) % S  # of each entry: 0 is the newest
+    filled = age <= last
+    if n == 1:
+        return position % S, filled[None]
+    distance = position[:, None] - torch.cat((last - age, position))
+    filled = torch.cat((filled, torch.ones_like(position, dtype=torch.bool)))
+    return (position % S)[-S:], (distance >= 0) & (distance < S) & filled
 
 
 class KVCache:
-    """The caches of all layers for sequences of up to max_tokens, which are fed to the model in order."""
+    """
+    The caches of all layers for B sequences of up to max_tokens, which are fed to the model in order. On CUDA the step
+    of a single token is captured as a graph; compiled=True fuses its kernels too, which takes some 20 s once.
+    """
 
-    def __init__(self, model: GPT, max_tokens: int, batch_size: int = 1):
+    def __init__(self, model: GPT, max_tokens: int, batch_size: int = 1, compiled: bool = False):
         config, weight = model.config, model.lm_head.weight
         shape = (batch_size, config.n_head, config.head_dim)
-        sizes = [min(config.layer_window(layer) or max_tokens, max_tokens) for layer in range(config.n_layer)]
+        whole = math.ceil(max_tokens / 128) * 128  # matrix products over an odd number of entries are slow
+        sizes = [min(config.layer_window(layer) or whole, whole) for layer in range(config.n_layer)]
         self.layers = [LayerCache(size, shape, weight.device, weight.dtype) for size in sizes]
         self.model, self.max_tokens, self.n_tokens = model, max_tokens, 0
+        self.step = compile_static(self.run) if compiled else self.run
+        self.graph = None
+        self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=weight.device)  # what the graph reads
+        self.position = torch.zeros(1, dtype=torch.int64, device=weight.device)
+
+    def clear(self):
+        """Begins a new text."""
+        self.n_tokens = 0
+
+    def run(self, idx, position):
+        """idx: (B, n), the tokens at position (n,). Returns the logits (B, V) that follow the last of them."""
+        by_size = {size: places(position, size) for size in {layer.n_entries for layer in self.layers}}
+        for layer in self.layers:
+            layer.entry, layer.visible = by_size[layer.n_entries]
+        logits, _ = self.model.run(idx, None, *rotary_angles(position, self.model.config.head_dim), self.layers)
+        return logits[:, -1]
 
     @torch.no_grad()
     def feed(self, idx):
-        """idx: (B, n) int64, the next tokens. Returns the logits (B, V) that follow the last of them."""
+        """
+        idx: (B, n) int64, the next tokens. Returns the logits (B, V) that follow the last of them, in memory that the
+        next call may use again. ValueError if they are more than max_tokens with those before.
+        """
         if self.n_tokens + idx.size(1) > self.max_tokens:
             raise ValueError(f"{self.n_tokens + idx.size(1)} tokens are more than max_tokens={self.max_tokens}")
         for part in idx.split(CHUNK_TOKENS, dim=1):
             position = torch.arange(self.n_tokens, self.n_tokens + part.size(1), device=idx.device)
-            logits, _ = self.model.run(part, None, *rotary_angles(position, self.model.config.head_dim), self.layers)
+            logits = self.run(part, position) if part.size(1) > 1 else self.feed_one(part, position)
             self.n_tokens += part.size(1)
-        return logits[:, -1]
+        return logits
+
+    def feed_one(self, idx, position):
+        """The same for a single token, on CUDA by one graph instead of hundreds of kernels."""
+        self.token.copy_(idx)
+        self.position.copy_(position)
+        if not idx.is_cuda:
+            return self.step(self.token, self.position)
+        if self.graph is None:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles, and warms up: to store a token again changes nothing
+                self.step(self.token, self.position)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self.step(self.token, self.position)
+        self.graph.replay()
+        return self.logits

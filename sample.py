@@ -8,7 +8,9 @@ Exit codes: 0 done, 2 bad option or no such run, 4 checkpoints present but none 
 
 import codecs
 import sys
+import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
@@ -17,8 +19,10 @@ import checkpoint
 import machine
 from data.tokenizer import EOT, gpt2
 from kv_cache import KVCache
-from model import GPT
 from rundir import BAD_OPTION, INTERRUPTED, BadOption, NoValidCheckpoint
+
+COMPILE_FROM_TOKENS = 20_000  # below, compiling takes longer than it saves
+WARM_UP_TOKENS = 10  # not in the tokens/s: the first of them compile and capture
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,12 @@ class SampleConfig:
     """same seed, same texts; sample i of a seed does not depend on n_samples"""
     out_dir: str = "runs"
     """where the run directories are"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """where it runs; auto: CUDA, MPS or CPU, whichever there is"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of weights and cache; auto is bfloat16 on GPUs that compute it, else float32"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """on CUDA: fuse the kernels of a step, some 20 s once; auto does from 20,000 tokens on"""
 
     def __post_init__(self):
         for name, least in {"n_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0}.items():
@@ -56,29 +64,39 @@ class SampleConfig:
             raise ValueError(f"top_p={self.top_p} must be more than 0 and at most 1")
 
 
-def choose(logits, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> int:
-    """One token id by its logits, float32 (n,) on the CPU."""
+def choose(logits, temperature: float, top_k: int, top_p: float, u: float):
+    """One token id, int64 (1, 1), by its logits, float32 (1, n); u: a random number, uniform in [0, 1)."""
     if temperature == 0:
-        return int(logits.argmax())
-    probabilities, ids = (logits / temperature).softmax(dim=0).sort(descending=True)
-    keep = probabilities.cumsum(dim=0) - probabilities < top_p  # what comes before a token leaves room for it
-    keep[0] = True  # however small top_p is
-    keep[top_k or len(keep) :] = False
-    chosen = torch.multinomial(probabilities * keep, 1, generator=generator)
-    return int(ids[chosen])
+        return logits.argmax(dim=1, keepdim=True)
+    probabilities, ids = (logits / temperature).softmax(dim=1).sort(dim=1, descending=True)
+    total = probabilities.cumsum(dim=1)
+    n_kept = (total - probabilities < top_p).sum(dim=1, keepdim=True)  # what comes before a token leaves room for it
+    n_kept = n_kept.clamp(min=1, max=top_k or None)  # at least one, however small top_p is
+    chosen = torch.searchsorted(total, u * total.gather(1, n_kept - 1), right=True)
+    return ids.gather(1, chosen.minimum(n_kept - 1))
 
 
-def generate(model: GPT, tokens: list[int], n_vocab: int, config: SampleConfig, seed: int, device: torch.device):
+def generate(cache: KVCache, tokens: list[int], n_vocab: int, config: SampleConfig, seed: int):
     """Yields up to max_new_tokens token ids that continue `tokens`, each below n_vocab; stops before <|endoftext|>."""
     generator = torch.Generator().manual_seed(seed)
-    cache = KVCache(model, len(tokens) + config.max_new_tokens)
-    for _ in range(config.max_new_tokens):
-        logits = cache.feed(torch.tensor([tokens], device=device))[0, :n_vocab]
-        token = choose(logits.float().cpu(), config.temperature, config.top_k, config.top_p, generator)
-        if token == EOT:
+    device = cache.token.device
+    copied = torch.cuda.Event() if device.type == "cuda" else None
+    token_here = torch.empty(1, 1, dtype=torch.int64, pin_memory=copied is not None)
+    cache.clear()
+    logits = cache.feed(torch.tensor([tokens], device=device))
+    for i in range(config.max_new_tokens):
+        u = torch.rand((), generator=generator).item()
+        token = choose(logits[:, :n_vocab].float(), config.temperature, config.top_k, config.top_p, u)
+        token_here.copy_(token, non_blocking=True)
+        if copied:
+            copied.record()
+        if i + 1 < config.max_new_tokens:
+            logits = cache.feed(token)  # a GPU is busy with the next token while this one is looked at
+        if copied:
+            copied.synchronize()
+        if int(token_here) == EOT:
             return
-        yield token
-        tokens = [token]
+        yield int(token_here)
 
 
 def sample(config: SampleConfig):
@@ -87,16 +105,24 @@ def sample(config: SampleConfig):
     newest = checkpoint.find(config.run, config.out_dir)
     if checkpoint.read_state(newest)["tokenizer"] != "gpt2":
         raise BadOption(f"{newest} was not trained on GPT-2 tokens: its output cannot be turned into text")
-    model = checkpoint.load_model(newest, device)
+    model = checkpoint.load_model(newest, device).to(machine.matmul_dtype(device, config.dtype))
     tokenizer = gpt2()
     tokens = tokenizer.encode_ordinary(config.prompt) or [EOT]  # what begins a document
+    many = config.n_samples * config.max_new_tokens >= COMPILE_FROM_TOKENS
+    compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and many)
+    cache = KVCache(model, len(tokens) + config.max_new_tokens, compiled=compiled)
     for i in range(config.n_samples):
         print(f"--- {newest}, seed {config.seed}, sample {i + 1} of {config.n_samples}")
         print(config.prompt, end="", flush=True)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character can span several tokens
-        for token in generate(model, tokens, tokenizer.n_vocab, config, 1_000_003 * config.seed + i, device):
+        times = []  # of each token's end
+        for token in generate(cache, tokens, tokenizer.n_vocab, config, 1_000_003 * config.seed + i):
+            times.append(time.perf_counter())
             print(decoder.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
         print(decoder.decode(b"", final=True))
+        if len(times) > WARM_UP_TOKENS + 1:
+            rate = (len(times) - WARM_UP_TOKENS - 1) / (times[-1] - times[WARM_UP_TOKENS])
+            print(f"{rate:,.0f} tokens/s", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,7 +9,19 @@ from reference import attention
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention import blocked_window_attention, window_block_mask
+import attention as kernels
+import machine
+from attention import (
+    SlowPath,
+    blocked_window_attention,
+    causal_attention,
+    choose_window_backend,
+    compile_static,
+    sdpa_choice,
+    use_sdpa,
+    window_block_mask,
+)
+from model import GPT, GPTConfig
 
 
 def error(x, reference):
@@ -112,3 +124,166 @@ def test_flex_attention_with_the_mask_equals_dense(T, window):
     assert error(out, attention(q.double(), k.double(), v.double(), window)) < 1e-6
 
 
+# -----------------------------------------------------------------------------
+# no slow path in silence
+
+
+def plus(x, n):
+    return x + n * STATE["unguarded"]
+
+
+STATE = {"unguarded": 1}
+
+
+@pytest.fixture
+def compiled(fresh_compiler):
+    """Traced by torch.compile, but run as it is: these tests are about when, not about what."""
+    return compile_static(plus, backend="eager")
+
+
+def test_each_shape_and_grad_mode_is_compiled_once(compiled):
+    torch._dynamo.utils.counters.clear()
+    x = torch.ones(3, requires_grad=True)
+    for _ in range(3):
+        assert compiled(x, 1).tolist() == [2, 2, 2]
+        assert compiled(x, 2).tolist() == [3, 3, 3]
+        assert compiled(torch.ones(4), 1).tolist() == [2, 2, 2, 2]
+        assert compiled(torch.ones(4, dtype=torch.float64), 1).dtype == torch.float64
+        with torch.no_grad():
+            assert not compiled(x, 1).requires_grad
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+
+
+def test_compiling_twice_for_the_same_shapes_is_refused(compiled, monkeypatch):
+    compiled(torch.ones(3), 1)
+    monkeypatch.setitem(STATE, "unguarded", 2)
+    with pytest.raises(SlowPath, match=r"plus would be compiled again for .*STATE\['unguarded'\] == 1"):
+        compiled(torch.ones(3), 1)
+    assert compiled(torch.ones(4), 1).tolist() == [3, 3, 3, 3]  # a new shape may be compiled
+
+
+def test_more_shapes_than_torch_compiles_are_refused(compiled):
+    limit = torch._dynamo.config.recompile_limit
+    other = compile_static(plus, backend="eager")
+    for n in range(1, limit + 1):
+        compiled(torch.ones(n), 1)
+        other(torch.ones(n), 1)  # has a limit of its own
+    with pytest.raises(SlowPath, match=f"plus has been compiled for {limit} shapes"):
+        compiled(torch.ones(limit + 1), 1)
+
+
+def test_running_uncompiled_is_refused(compiled):
+    with torch._dynamo.config.patch(disable=True), pytest.raises(SlowPath, match="plus would run uncompiled"):
+        compiled(torch.ones(3), 1)
+
+
+def test_an_error_of_the_function_is_left_alone(compiled):
+    with pytest.raises(RuntimeError) as caught:
+        compiled(torch.ones(3), torch.ones(4))
+    assert not isinstance(caught.value, SlowPath)
+
+
+def test_uncompiled_flex_is_refused(fresh_compiler):
+    """flex_attention on its own compiles itself; with the compiler off it would be the T x T form."""
+    q = torch.randn(1, 2, 256, 16)
+    with torch._dynamo.config.patch(disable=True), pytest.raises(SlowPath, match="flex would run uncompiled"):
+        kernels.flex_window_attention(q, q, q, 64, window_block_mask(256, 64, q.device), {})
+
+
+@pytest.mark.parametrize(("name", "head_dim", "device", "dtype", "words"), [
+    ("flex", 64, "cpu", torch.float32, ["'flex'", "CUDA only", "cpu", "'blocked'"]),
+    ("flash", 64, "cpu", torch.bfloat16, ["'flash'", "CUDA only", "cpu", "'blocked'"]),
+    ("flex", 64, "mps", torch.float32, ["'flex'", "mps"]),
+    ("flex", 8, "cuda", torch.bfloat16, ["'flex'", "heads of 8", "16", "'blocked'"]),
+    (None, 8, "cuda", torch.bfloat16, ["'flex'", "heads of 8", "'blocked'"]),
+    ("flash", 64, "cuda", torch.float32, ["'flash'", "float32", "'flex' or 'blocked'"]),
+    ("flash", 36, "cuda", torch.bfloat16, ["'flash'", "heads of 36", "multiples of 8"]),
+    ("flash", 264, "cuda", torch.bfloat16, ["'flash'", "heads of 264", "256"]),
+    ("flash", 64, "cuda", torch.bfloat16, ["'flash'", "Ampere"]),
+])
+def test_a_back_end_that_cannot_serve_says_so_in_one_line(name, head_dim, device, dtype, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(ValueError) as caught:
+        choose_window_backend(name, head_dim, torch.device(device), dtype)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_default_back_ends(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert choose_window_backend(None, 64, cuda, torch.bfloat16) == "flex"
+    assert choose_window_backend(None, 64, cpu, torch.float32) == "blocked"
+    assert choose_window_backend("flash", 64, cuda, torch.bfloat16) == "flash"
+
+
+@pytest.mark.parametrize(("capability", "head_dim", "dtype", "T", "masked", "expected"), [
+    ((9, 0), 64, torch.bfloat16, 1024, False, "CUDNN_ATTENTION"),
+    ((9, 0), 64, torch.bfloat16, 1, False, "FLASH_ATTENTION"),
+    ((9, 0), 192, torch.bfloat16, 1024, False, "FLASH_ATTENTION"),
+    ((9, 0), 36, torch.bfloat16, 1024, False, "FLASH_ATTENTION"),
+    ((9, 0), 64, torch.bfloat16, 1024, True, "EFFICIENT_ATTENTION"),
+    ((9, 0), 64, torch.float32, 1024, False, "EFFICIENT_ATTENTION"),
+    ((9, 0), 64, torch.float64, 1024, False, "MATH"),
+    ((8, 0), 64, torch.bfloat16, 1024, False, "FLASH_ATTENTION"),
+    ((8, 0), 512, torch.bfloat16, 1024, False, "EFFICIENT_ATTENTION"),
+    ((7, 5), 64, torch.float16, 1024, False, "EFFICIENT_ATTENTION"),
+])
+def test_kernel_of_full_attention(capability, head_dim, dtype, T, masked, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert sdpa_choice(T, head_dim, torch.device("cuda"), dtype, masked).name == expected
+    assert sdpa_choice(T, head_dim, torch.device("cpu"), dtype, masked) is None
+
+
+def test_a_kernel_that_cannot_serve_raises():
+    """On a CPU only two kernels exist: the context leaves none, so that nothing else can be taken in silence."""
+    q = torch.randn(1, 2, 16, 8)
+    with use_sdpa(torch.nn.attention.SDPBackend.CUDNN_ATTENTION), pytest.raises(RuntimeError, match="kernel"):
+        causal_attention(q, q, q)
+
+
+# -----------------------------------------------------------------------------
+# on a GPU
+
+
+@pytest.mark.gpu
+def test_gpu_block_mask_is_small():
+    """Under 30 MiB while it is built at T = 65,536, and under 5 kept."""
+    device = torch.device("cuda", 0)
+    window_block_mask.cache_clear()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    line = kernels.block_mask_cost(65536, 1024, device)
+    assert (torch.cuda.max_memory_allocated() - before) / 2**20 < 30
+    assert line.startswith("block mask T=65536 W=1024: +") and float(line.split("+")[1].split()[0]) < 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "kernel"), [("flex", "flex_attention"), ("flash", "FlashAttention"),
+                                                 ("blocked", "memory-efficient SDPA"), (None, "cuDNN")])
+def test_gpu_the_kernel_that_was_meant_runs(backend, kernel, fresh_compiler):
+    """In a compiled model, where torch chooses while it traces. None is full attention."""
+    torch.cuda.get_device_capability() >= (9, 0) or pytest.skip("the default kernel is cuDNN from Hopper on")
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=128, vocab_size=512, window_size=backend and 130)
+    gpt = GPT(config, backend).cuda()
+    gpt.compile()
+    idx = torch.arange(1024, device="cuda").view(2, 512) % 512
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            gpt(idx, idx)[1].backward()
+
+    step()
+    assert machine.attention_kernels(step, torch.device("cuda", 0)) == kernel
+
+
+@pytest.mark.gpu
+def test_gpu_an_uncompiled_model_has_a_fused_window_or_stops(fresh_compiler):
+    gpt = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=512, window_size=130)).cuda()
+    idx = torch.arange(512, device="cuda")[None]
+    assert machine.attention_kernels(lambda: gpt(idx, idx)[1].backward(), torch.device("cuda", 0)) == "flex_attention"
+    kernels.compiled_flex.cache_clear()
+    with torch._dynamo.config.patch(disable=True), pytest.raises(SlowPath, match="flex would run uncompiled"):
+        gpt(idx, idx)

@@ -50,7 +50,7 @@ def n_elements(cache):
 
 def test_a_windowed_layer_keeps_W_entries_a_full_one_all():
     config = GPT(replace(VARIANTS["d12_post_norm_qk_norm_window256_SSSL"], **BODY, window_size=7)).config
-    assert n_elements(KVCache(GPT(config), 100_000)) == [2 * 7 * 64] * 3 + [2 * 100_000 * 64]
+    assert n_elements(KVCache(GPT(config), 100_000)) == [2 * 7 * 64] * 3 + [2 * 100_096 * 64]  # a multiple of 128
 
 
 def test_memory_is_flat_however_many_tokens_are_fed():
@@ -60,6 +60,59 @@ def test_memory_is_flat_however_many_tokens_are_fed():
     for _ in range(100):
         cache.feed(torch.zeros(1, 40, dtype=torch.int64))
     assert n_elements(cache) == [2 * 32 * 64] * 2 and addresses == [layer.keys.data_ptr() for layer in cache.layers]
+
+
+def test_a_cleared_cache_knows_nothing_of_the_text_before():
+    model = model_of(next(iter(SMALL)))
+    cache, used = KVCache(model, 40), KVCache(model, 40)
+    used.feed(torch.full((1, 40), 7))
+    used.clear()
+    for n in (5, 1, 1, 12):
+        tokens = torch.arange(n)[None]
+        torch.testing.assert_close(used.feed(tokens), cache.feed(tokens), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("config", list(SMALL)[-6:], ids=list(SMALL.values())[-6:])
+def test_gpu_graph_is_equal_to_recomputing(config, compiled, fresh_compiler):
+    """Greedy, in float32, and again after the text before."""
+    model = model_of(config).cuda()
+    cache = KVCache(model, 60, compiled=compiled)
+    for seed, n_prompt in (1, 1), (2, 9), (3, 30):
+        tokens = torch.randint(512, (1, n_prompt), generator=torch.Generator().manual_seed(seed)).cuda()
+        cache.clear()
+        logits = cache.feed(tokens)
+        for _ in range(25):
+            with torch.no_grad():
+                expected = model(tokens)[0][:, -1] if config.window_size is None else recomputed(model, tokens)
+            torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+            token = expected.argmax(dim=1, keepdim=True)
+            assert torch.equal(token, logits.argmax(dim=1, keepdim=True))
+            tokens = torch.cat((tokens, token), dim=1)
+            logits = cache.feed(token)
+    assert cache.graph is not None
+
+
+def recomputed(model, tokens):
+    """By the blocked form: flex would be compiled for every length."""
+    model.window_backend = "blocked"
+    return model(tokens)[0][:, -1]
+
+
+@pytest.mark.gpu
+def test_gpu_memory_is_flat_over_100_000_tokens():
+    model = GPT(replace(VARIANTS["tiny_post_norm_qk_norm_window32"], vocab_size=512)).cuda()
+    cache = KVCache(model, 100_000)
+    token = cache.feed(torch.zeros(1, 1, dtype=torch.int64, device="cuda")).argmax(1, keepdim=True)
+    token = cache.feed(token).argmax(1, keepdim=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(99_998):
+        token = cache.feed(token).argmax(1, keepdim=True)
+    assert cache.n_tokens == 100_000
+    assert torch.cuda.max_memory_allocated() - before < 2**20 and torch.cuda.memory_allocated() - before < 2**14
 
 
 def test_more_than_max_tokens_is_refused():

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from reference import KNOWN_FIELDS, reference_loss_and_gradients
 
 import model as model_file
-from attention import compiled_flex
 from configs.variants import VARIANTS, model_name, variant
 from model import GPT, GPTConfig, attention_class, rotary_tables
 
@@ -261,16 +260,6 @@ def test_forward_gives_logits_or_loss_and_ignores_targets_of_minus_one():
     nats = -logits.double().log_softmax(-1).gather(2, targets.clamp(min=0)[..., None])[..., 0]
     assert loss.item() == pytest.approx(nats[targets != -1].mean().item(), rel=1e-6)
     assert loss.item() != pytest.approx(nats.mean().item(), rel=1e-3)
-
-
-@pytest.fixture
-def fresh_compiler():
-    """On CUDA each shape and window is a compilation of its own; without this the limit on them would be hit."""
-    torch._dynamo.reset()
-    compiled_flex.cache_clear()
-    yield
-    torch._dynamo.reset()
-    compiled_flex.cache_clear()
 
 
 @every_flag_set

@@ -18,7 +18,6 @@ from kv_cache import KVCache
 from model import GPT
 from sample import SampleConfig, choose, generate
 
-CPU = torch.device("cpu")
 N_VOCAB = 50257
 
 
@@ -69,7 +68,8 @@ LOGITS = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()  # probabilities 0.1, 0.5, 0
 
 def frequencies(n=4000, logits=LOGITS, temperature=1.0, top_k=0, top_p=1.0):
     generator = torch.Generator().manual_seed(0)
-    chosen = [choose(logits, temperature, top_k, top_p, generator) for _ in range(n)]
+    random = torch.rand(n, generator=generator).tolist()
+    chosen = [int(choose(logits[None], temperature, top_k, top_p, u)) for u in random]
     return [chosen.count(token) / n for token in range(len(logits))]
 
 
@@ -117,7 +117,7 @@ def test_greedy_is_argmax(model):
     for options in {"temperature": 0.0}, {"temperature": 0.8, "top_k": 1}, {"temperature": 0.8, "top_p": 1e-6}:
         config = SampleConfig("run", max_new_tokens=8, **options)
         for seed in 0, 1:
-            assert list(generate(model, [EOT, 40, 50], N_VOCAB, config, seed, CPU)) == expected
+            assert list(generate(KVCache(model, 11), [EOT, 40, 50], N_VOCAB, config, seed)) == expected
 
 
 def test_padding_of_the_vocabulary_is_never_sampled(model):
@@ -129,7 +129,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(model):
     assert logits.argmax() in (50257, 50303) and logits.softmax(dim=0).max() > 0.99
     for temperature in 0.0, 1.0:
         config = SampleConfig("run", max_new_tokens=20, temperature=temperature)
-        tokens = list(generate(model, [EOT, 40], N_VOCAB, config, 0, CPU))
+        tokens = list(generate(KVCache(model, 22), [EOT, 40], N_VOCAB, config, 0))
         assert tokens and max(tokens) < N_VOCAB
 
 
@@ -138,7 +138,7 @@ def script(monkeypatch, tokens, prompt_tokens):
     def feed(self, idx):
         self.n_tokens += idx.size(1)
         logits = torch.zeros(1, 50304)
-        logits[0, tokens[self.n_tokens - prompt_tokens]] = 1e4
+        logits[0, [*tokens, EOT][self.n_tokens - prompt_tokens]] = 1e4  # one more is asked for before the end is seen
         return logits
 
     monkeypatch.setattr(KVCache, "feed", feed)
@@ -148,9 +148,9 @@ def test_it_ends_before_the_end_of_the_document(model, monkeypatch):
     script(monkeypatch, [10, 11, 12, EOT, 13, 14], prompt_tokens=1)
     for temperature in 0.0, 0.8:
         config = SampleConfig("run", max_new_tokens=6, temperature=temperature)
-        assert list(generate(model, [EOT], N_VOCAB, config, 0, CPU)) == [10, 11, 12]
+        assert list(generate(KVCache(model, 7), [EOT], N_VOCAB, config, 0)) == [10, 11, 12]
     config = SampleConfig("run", max_new_tokens=2)
-    assert list(generate(model, [EOT], N_VOCAB, config, 0, CPU)) == [10, 11]
+    assert list(generate(KVCache(model, 7), [EOT], N_VOCAB, config, 0)) == [10, 11]
 
 
 # -----------------------------------------------------------------------------
@@ -295,5 +295,5 @@ def test_gpu_windowed_model_writes_what_the_cpu_writes():
     """More tokens than torch.compile would recompile for."""
     model = GPT(replace(VARIANTS["tiny_post_norm_qk_norm_window32"], window_size=5), seed=3)
     config = SampleConfig("run", max_new_tokens=40, temperature=0.0)
-    on_cpu = list(generate(model, [40, 41], N_VOCAB, config, 0, CPU))
-    assert on_cpu == list(generate(model.cuda(), [40, 41], N_VOCAB, config, 0, torch.device("cuda")))
+    on_cpu = list(generate(KVCache(model, 42), [40, 41], N_VOCAB, config, 0))
+    assert on_cpu == list(generate(KVCache(model.cuda(), 42), [40, 41], N_VOCAB, config, 0))

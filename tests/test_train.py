@@ -834,6 +834,19 @@ def test_signal_to_torchrun(runs, receiver):
 
 
 # -----------------------------------------------------------------------------
+# slow paths
+
+
+def test_a_compiler_that_is_switched_off_stops_the_run(runs, capfd):
+    with torch._dynamo.config.patch(disable=True):
+        assert runs(compile="on") == 2
+    error = capfd.readouterr().err
+    assert "error: GPT.run would run uncompiled" in error and "TORCH_COMPILE_DISABLE" in error
+    assert "Traceback" not in error
+    assert status(runs.path)["code"] == 2
+
+
+# -----------------------------------------------------------------------------
 # on a GPU
 
 ON_GPU = {"device": "cuda", "sequence_length": 256, "total_batch_tokens": 2048, "max_steps": 12, "val_tokens": 256,
@@ -842,14 +855,6 @@ ON_GPU = {"device": "cuda", "sequence_length": 256, "total_batch_tokens": 2048, 
 
 def kernels(out):
     return re.search(r"^attention kernels: (.*)$", out, flags=re.MULTILINE)[1]
-
-
-@pytest.fixture
-def fresh_compiler():
-    """Each run compiles a model of its own; without this the limit on compilations of one function would be hit."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.gpu
@@ -876,7 +881,9 @@ def test_gpu_is_close_to_cpu(runs, fresh_compiler):
 @pytest.mark.gpu
 def test_gpu_window_runs_in_the_fused_kernel(runs, capsys, fresh_compiler):
     assert runs(**ON_GPU | {"model": "tiny_post_norm_qk_norm_window32"}) == 0
-    assert "flex_attention" in kernels(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert kernels(out) == "flex_attention"
+    assert re.search(r"^block mask T=256 W=32: \+\d+\.\d\d MiB, \d+ ms$", out, flags=re.MULTILINE)
     assert losses(runs.path)[-1] < losses(runs.path)[0] - 0.1
 
 
