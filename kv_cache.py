@@ -65,7 +65,7 @@ class KVCache:
         whole = math.ceil(max_tokens / 128) * 128  # matrix products over an odd number of entries are slow
         sizes = [min(config.layer_window(layer) or whole, whole) for layer in range(config.n_layer)]
         self.layers = [LayerCache(size, shape, weight.device, weight.dtype) for size in sizes]
-        self.model, self.max_tokens, self.n_tokens = model, max_tokens, 0
+        self.model, self.device, self.max_tokens, self.n_tokens = model, weight.device, max_tokens, 0
         self.step = compile_static(self.run) if compiled else self.run
         self.graph = None
         self.token = torch.zeros(batch_size, 1, dtype=torch.int64, device=weight.device)  # what the graph reads
@@ -114,3 +114,20 @@ class KVCache:
                 self.logits = self.step(self.token, self.position)
         self.graph.replay()
         return self.logits
+
+
+class Recompute:
+    """The same without a cache, every token from all tokens before it: what the cache is compared with."""
+
+    def __init__(self, model: GPT):
+        self.model, self.device = model, model.lm_head.weight.device
+        model.window_backend = "blocked"  # flex would be compiled for every length
+        self.idx = None
+
+    def clear(self):
+        self.idx = None
+
+    @torch.no_grad()
+    def feed(self, idx):
+        self.idx = idx if self.idx is None else torch.cat((self.idx, idx), dim=1)
+        return self.model(self.idx)[0][:, -1]

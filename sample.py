@@ -18,7 +18,7 @@ import tyro
 import checkpoint
 import machine
 from data.tokenizer import EOT, gpt2
-from kv_cache import KVCache
+from kv_cache import KVCache, Recompute
 from rundir import BAD_OPTION, INTERRUPTED, BadOption, NoValidCheckpoint
 
 COMPILE_FROM_TOKENS = 20_000  # below, compiling takes longer than it saves
@@ -54,6 +54,9 @@ class SampleConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """on CUDA: fuse the kernels of a step, some 20 s once; auto does from 20,000 tokens on"""
 
+    recompute: bool = False
+    """without a cache, every token from all tokens before it: slow, for comparison"""
+
     def __post_init__(self):
         for name, least in {"n_samples": 1, "max_new_tokens": 1, "top_k": 0, "seed": 0}.items():
             if not least <= getattr(self, name) <= 2**40:
@@ -76,10 +79,10 @@ def choose(logits, temperature: float, top_k: int, top_p: float, u: float):
     return ids.gather(1, chosen.minimum(n_kept - 1))
 
 
-def generate(cache: KVCache, tokens: list[int], n_vocab: int, config: SampleConfig, seed: int):
+def generate(cache: KVCache | Recompute, tokens: list[int], n_vocab: int, config: SampleConfig, seed: int):
     """Yields up to max_new_tokens token ids that continue `tokens`, each below n_vocab; stops before <|endoftext|>."""
     generator = torch.Generator().manual_seed(seed)
-    device = cache.token.device
+    device = cache.device
     copied = torch.cuda.Event() if device.type == "cuda" else None
     token_here = torch.empty(1, 1, dtype=torch.int64, pin_memory=copied is not None)
     cache.clear()
@@ -110,7 +113,8 @@ def sample(config: SampleConfig):
     tokens = tokenizer.encode_ordinary(config.prompt) or [EOT]  # what begins a document
     many = config.n_samples * config.max_new_tokens >= COMPILE_FROM_TOKENS
     compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and many)
-    cache = KVCache(model, len(tokens) + config.max_new_tokens, compiled=compiled)
+    n_tokens = len(tokens) + config.max_new_tokens
+    cache = Recompute(model) if config.recompute else KVCache(model, n_tokens, compiled=compiled)
     for i in range(config.n_samples):
         print(f"--- {newest}, seed {config.seed}, sample {i + 1} of {config.n_samples}")
         print(config.prompt, end="", flush=True)

@@ -8,8 +8,8 @@ Any field of TrainConfig (configs/recipes.py) and GPTConfig (model.py) is an opt
 recipe beats the default.
 
 Exit codes: 0 done, 2 bad option or config, or data changed since the run began, or a slow path refused (attention.py),
-3 run directory in use, 4 checkpoints present but none valid, 5 cannot write, 6 loss or gradient not finite, 7 missing, empty or invalid data, 75 stopped by
-a signal and resumable, 130 second Ctrl-C.
+3 run directory in use, 4 checkpoints present but none valid, 5 cannot write, 6 loss or gradient not finite, 7 missing,
+empty or invalid data, 75 stopped by a signal and resumable, 130 second Ctrl-C.
 """
 
 import math

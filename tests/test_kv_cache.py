@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.variants import VARIANTS
-from kv_cache import KVCache
+from kv_cache import KVCache, Recompute
 from model import GPT
 
 BODY = {"n_layer": 4, "n_head": 2, "n_embd": 64, "vocab_size": 512}
@@ -84,20 +84,13 @@ def test_gpu_graph_is_equal_to_recomputing(config, compiled, fresh_compiler):
         cache.clear()
         logits = cache.feed(tokens)
         for _ in range(25):
-            with torch.no_grad():
-                expected = model(tokens)[0][:, -1] if config.window_size is None else recomputed(model, tokens)
+            expected = Recompute(model).feed(tokens)
             torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
             token = expected.argmax(dim=1, keepdim=True)
             assert torch.equal(token, logits.argmax(dim=1, keepdim=True))
             tokens = torch.cat((tokens, token), dim=1)
             logits = cache.feed(token)
     assert cache.graph is not None
-
-
-def recomputed(model, tokens):
-    """By the blocked form: flex would be compiled for every length."""
-    model.window_backend = "blocked"
-    return model(tokens)[0][:, -1]
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -36,7 +37,8 @@ def ask(trained, capsys):
     """ask(n_samples=2) is (exit code, stdout, stderr) of sample.py on that run."""
     def run(**options):
         options = {"run": "run", "out_dir": trained.out_dir, "device": "cpu", "max_new_tokens": 8} | options
-        code = call(sample.main, [f"--{name}={value}" for name, value in options.items()])
+        arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
+        code = call(sample.main, arguments)
         return code, *capsys.readouterr()
 
     return run
@@ -177,6 +179,14 @@ def test_greedy_text(ask, model):
     expected = gpt2().decode(greedy_by_hand(model, tokens, 5))  # and no <|endoftext|> before a prompt
     assert code == 0 and texts(out) == [f"To be{expected}\n"]
     assert "run/step-00000004" in out.splitlines()[0]  # which checkpoint it was
+
+
+def test_recomputing_gives_the_same_text_and_both_say_how_fast(ask):
+    options = {"prompt": "To be", "temperature": 0, "max_new_tokens": 20}
+    code, out, err = ask(**options)
+    slow_code, slow_out, slow_err = ask(**options, recompute=True)
+    assert code == slow_code == 0 and out == slow_out
+    assert re.fullmatch(r"[\d,]+ tokens/s\n", err) and re.fullmatch(r"[\d,]+ tokens/s\n", slow_err)
 
 
 def test_characters_of_several_tokens_are_printed_whole(ask, monkeypatch):
