@@ -167,24 +167,30 @@ def flex_options(head_dim: int, device: torch.device, dtype: torch.dtype) -> dic
 @functools.lru_cache(maxsize=32)
 def window_block_mask(T: int, W: int, device: torch.device) -> BlockMask:
     """
-    Which blocks of 128 queries and 128 keys flex_attention computes, in closed form: no T x T step, unlike
-    `create_block_mask`. One mask per shape is shared by all layers and steps.
+    Which blocks of 128 queries and 128 keys flex_attention computes, in closed form: by the distance in blocks, so that
+    neither time nor memory is quadratic in T, unlike `create_block_mask`. One mask per shape serves all layers.
     """
-    block_size = 128
-    index = torch.arange(-(-T // block_size), device=device)
-    distance = (index[:, None] - index[None, :]) * block_size  # q_idx - kv_idx between the blocks' first elements
-    visible = (distance >= 0) & (distance - block_size + 1 < W)  # at least one pair is visible
-    full = (distance > 0) & (distance + block_size - 1 < W)  # every pair is
+    size = 128
+    n = -(-T // size)
+    index = torch.arange(n, device=device)
+    # i - j = distance: some pair is visible if distance * size - (size - 1) < W, every pair if the nearest block is
+    # not the query's own and distance * size + (size - 1) < W
+    full = range(1, min(W // size, n))
+    partial = [0, *range(max(1, W // size), min((W + size - 2) // size, n - 1) + 1)]
 
-    def blocks(chosen):  # count (1, 1, rows) and, first in each row, the indices (1, 1, rows, columns) of chosen blocks
-        order = chosen.int().argsort(dim=1, descending=True, stable=True)
-        return chosen.sum(dim=1).int()[None, None], order.int()[None, None]
+    def blocks(distances, direction):
+        """How many blocks there are at these distances (1, 1, n), and which (1, 1, n, distances); the nearest first."""
+        other = index[:, None] + direction * torch.tensor(list(distances), device=device)  # (n, distances)
+        inside = (other >= 0) & (other < n)
+        return inside.sum(dim=1).int()[None, None], other.clamp(0, n - 1).int()[None, None]
 
-    def visible_pair(b, h, q_idx, kv_idx):
+    def visible(b, h, q_idx, kv_idx):
         return (q_idx >= kv_idx) & (q_idx - kv_idx < W)
 
-    return BlockMask.from_kv_blocks(*blocks(visible & ~full), *blocks(full), BLOCK_SIZE=block_size,
-                                    mask_mod=visible_pair, seq_lengths=(T, T))
+    keys_of_queries, queries_of_keys = (
+        (*blocks(partial, direction), *(blocks(full, direction) if full else (None, None))) for direction in (-1, 1)
+    )
+    return BlockMask((T, T), *keys_of_queries, *queries_of_keys, BLOCK_SIZE=(size, size), mask_mod=visible)
 
 
 def block_mask_cost(T: int, W: int, device: torch.device) -> str:

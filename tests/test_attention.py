@@ -75,20 +75,16 @@ def test_blocked_window_attention_is_linear_in_the_sequence():
 def materialise(mask, T):
     """(T, T) pairs that flex attention computes with this BlockMask, and (rows, columns) how often it lists a block."""
     def listed(counts, indices):
-        blocks = torch.zeros(indices.shape[2:], dtype=torch.int64)
-        for row in range(blocks.size(0)):
-            for column in indices[0, 0, row, : counts[0, 0, row]].tolist():
-                blocks[row, column] += 1
+        blocks = torch.zeros(-(-T // 128), -(-T // 128), dtype=torch.int64)
+        if counts is not None:
+            for row in range(len(blocks)):
+                for column in indices[0, 0, row, : counts[0, 0, row]].tolist():
+                    blocks[row, column] += 1
         return blocks
 
-    partial = listed(mask.kv_num_blocks, mask.kv_indices)
-    full = torch.zeros_like(partial)
-    if mask.full_kv_num_blocks is not None:
-        full = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    partial, full = listed(mask.kv_num_blocks, mask.kv_indices), listed(mask.full_kv_num_blocks, mask.full_kv_indices)
     transposed = listed(mask.q_num_blocks, mask.q_indices).T  # what the backward pass walks through
-    if mask.full_q_num_blocks is not None:
-        transposed = transposed + 2 * listed(mask.full_q_num_blocks, mask.full_q_indices).T
-    assert torch.equal(transposed, partial + 2 * full)
+    assert torch.equal(transposed + 2 * listed(mask.full_q_num_blocks, mask.full_q_indices).T, partial + 2 * full)
 
     def pairs(blocks):
         return blocks.bool().repeat_interleave(128, 0).repeat_interleave(128, 1)[:T, :T]
@@ -249,15 +245,15 @@ def test_a_kernel_that_cannot_serve_raises():
 
 @pytest.mark.gpu
 def test_gpu_block_mask_is_small():
-    """Under 30 MiB while it is built at T = 65,536, and under 5 kept."""
+    """At T = 65,536: the metadata alone would be 4 MiB in the form with a column for each block."""
     device = torch.device("cuda", 0)
     window_block_mask.cache_clear()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     line = kernels.block_mask_cost(65536, 1024, device)
-    assert (torch.cuda.max_memory_allocated() - before) / 2**20 < 30
-    assert line.startswith("block mask T=65536 W=1024: +") and float(line.split("+")[1].split()[0]) < 5
+    assert (torch.cuda.max_memory_allocated() - before) / 2**20 < 1
+    assert line.startswith("block mask T=65536 W=1024: +") and float(line.split("+")[1].split()[0]) < 0.2
 
 
 @pytest.mark.gpu
