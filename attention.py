@@ -173,14 +173,16 @@ def window_block_mask(T: int, W: int, device: torch.device) -> BlockMask:
     size = 128
     n = -(-T // size)
     index = torch.arange(n, device=device)
-    # i - j = distance: some pair is visible if distance * size - (size - 1) < W, every pair if the nearest block is
-    # not the query's own and distance * size + (size - 1) < W
-    full = range(1, min(W // size, n))
+    # between the blocks i of queries and j of keys, i - j = distance: some pair is visible if distance * size -
+    # (size - 1) < W, and every pair if distance > 0 and distance * size + (size - 1) < W
+    full = list(range(1, min(W // size, n)))
     partial = [0, *range(max(1, W // size), min((W + size - 2) // size, n - 1) + 1)]
+    width = max(len(full), len(partial))  # torch 2.11 reads both lists with the strides of one
 
     def blocks(distances, direction):
-        """How many blocks there are at these distances (1, 1, n), and which (1, 1, n, distances); the nearest first."""
-        other = index[:, None] + direction * torch.tensor(list(distances), device=device)  # (n, distances)
+        """How many blocks there are at these distances (1, 1, n), and which (1, 1, n, width); the nearest first."""
+        distances = torch.tensor(distances + [n] * (width - len(distances)), device=device)
+        other = index[:, None] + direction * distances  # (n, width)
         inside = (other >= 0) & (other < n)
         return inside.sum(dim=1).int()[None, None], other.clamp(0, n - 1).int()[None, None]
 

@@ -174,9 +174,8 @@ def check(case: Case, device: torch.device) -> Result:
     index = torch.arange(case.T)
     distance = index[:, None] - index  # q_idx - kv_idx
     visible = (distance >= 0) & (distance < (case.W or case.T))
-    inputs = draw(case, device)
     try:
-        attend = kernel(case, device)
+        inputs, attend = draw(case, device), kernel(case, device)
         actual, seen = differentiate(attend, *inputs, case.qk_norm), visibility(attend, *draw(case, device))
     except (ValueError, RuntimeError) as error:
         unable = isinstance(error, ValueError) or "No available kernel" in str(error)
@@ -200,7 +199,7 @@ def check(case: Case, device: torch.device) -> Result:
 
 
 def all_cases(device: torch.device) -> list[Case]:
-    """Without qk_norm, which `check_both` adds. Not float32 with D=128 on CUDA: each shape is a compilation of flex."""
+    """Without qk_norm, which `check_group` adds; on CUDA without float32 and D=128, to compile flex less often."""
     heads = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)]
     heads += [(torch.float32, 128)] * (device.type != "cuda")
     cases = []
@@ -211,13 +210,16 @@ def all_cases(device: torch.device) -> list[Case]:
     return cases
 
 
-def check_both(case: Case, device: torch.device) -> list[Result]:
-    """Without and with qk_norm, which is no part of what is compiled; afresh, or torch's limit would be met."""
-    torch._dynamo.reset()
-    compiled_flex.cache_clear()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SDPA's, why it does not take a kernel
-        return [check(replace(case, qk_norm=qk_norm), device) for qk_norm in (False, True)]
+def check_group(cases: list[Case], device: torch.device) -> list[Result]:
+    """Each case without and with qk_norm, which is no part of what is compiled."""
+    results = []
+    for case in cases:
+        torch._dynamo.reset()  # or torch's limit of compiled shapes would be met
+        compiled_flex.cache_clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # SDPA's, why it does not take a kernel
+            results += [check(replace(case, qk_norm=qk_norm), device) for qk_norm in (False, True)]
+    return results
 
 
 def start_worker():
@@ -226,13 +228,19 @@ def start_worker():
 
 
 def verify(device: torch.device) -> list[Result]:
-    """Every case. On CUDA in several processes: nearly all of the time is compilation."""
-    cases, run = all_cases(device), partial(check_both, device=device)
+    """
+    Every case. On CUDA each back end, dtype, D and T has a process of its own: nearly all of the time is compilation,
+    and a kernel that writes where it must not spoils its process.
+    """
+    groups = {}
+    for case in all_cases(device):
+        groups.setdefault((case.backend, case.dtype, case.D, case.T), []).append(case)
+    run = partial(check_group, device=device)
     if device.type != "cuda":
-        return [result for case in cases for result in run(case)]
+        return [result for group in groups.values() for result in run(group)]
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(8, os.cpu_count()), mp_context=spawn, initializer=start_worker) as pool:
-        return [result for results in pool.map(run, cases) for result in results]
+    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=start_worker, max_tasks_per_child=1) as pool:
+        return [result for results in pool.map(run, groups.values()) for result in results]
 
 
 def report(results: list[Result], device: torch.device):

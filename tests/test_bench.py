@@ -10,7 +10,7 @@ from small import call
 
 import bench
 from attention import WINDOW_ATTENTION, blocked_window_attention, window_tables
-from bench import NAMES, Case, all_cases, check, check_both
+from bench import NAMES, Case, all_cases, check, check_group
 
 CPU = torch.device("cpu")
 FLOAT32 = Case("blocked", torch.float32, D=64, T=300, W=128)
@@ -20,7 +20,7 @@ BFLOAT16 = replace(FLOAT32, dtype=torch.bfloat16)
 @pytest.mark.parametrize("case", [c for c in all_cases(CPU) if c.backend in ("SDPA", "blocked")],
                          ids=lambda c: f"{c.backend}-{c.dtype}-{c.D}-{c.T}-{c.W}")
 def test_every_back_end_of_the_cpu_passes(case):
-    for result in check_both(case, CPU):
+    for result in check_group([case], CPU):
         assert (result.miss, result.cannot, result.keys_agree) == ("", "", True)
         assert set(result.ratios) == set(NAMES) and max(result.ratios.values()) <= 2
         assert result.last_query_sees == min(case.T, case.W or case.T)
@@ -36,7 +36,7 @@ def test_the_reference_of_the_tests_passes(W, monkeypatch):
         return reference_attention(q, k, v, W)
 
     monkeypatch.setitem(WINDOW_ATTENTION, "blocked", attend)
-    for result in check_both(replace(FLOAT32, W=W), CPU):
+    for result in check_group([replace(FLOAT32, W=W)], CPU):
         assert result.ratios and not result.miss
     # without and with qk_norm, each for the gradients and for the visible keys
     assert rms_of_q == pytest.approx([2, 0, 1, 0], rel=0.02)
@@ -191,5 +191,5 @@ def test_gpu_every_back_end_passes(capfd):
 @pytest.mark.gpu
 def test_gpu_a_key_too_many_misses(monkeypatch, fresh_compiler):
     monkeypatch.setattr(bench, "window_tables", lambda name, B, T, W, *rest: window_tables(name, B, T, W + 1, *rest))
-    for result in check_both(replace(BFLOAT16, backend="flex"), torch.device("cuda", 0)):
+    for result in check_group([replace(BFLOAT16, backend="flex")], torch.device("cuda", 0)):
         assert what_misses(result) == {*NAMES, "keys"}
