@@ -21,10 +21,11 @@ from torch.utils.checkpoint import checkpoint
 import machine
 from attention import compile_static, compiled_flex, flex, sdpa_choice, use_sdpa, window_block_mask, window_tables
 from configs.variants import variant
+from measure import allocations
+from memory import MIB
 from model import GPT, rotary_tables
 from rundir import BAD_OPTION
 
-MIB = 2**20
 B, T, W, H, D = 16, 1024, 256, 12, 64  # one micro-batch of d12
 
 
@@ -41,13 +42,7 @@ class Row:
 def extra_mib(run: Callable[[], object]) -> tuple[float, float]:
     """(peak during run, kept while its result is), both beyond what was allocated before."""
     gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    result = run()
-    torch.cuda.synchronize()
-    peak, kept = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    del result
+    _, kept, peak = allocations(run, torch.device("cuda", 0))
     return peak / MIB, kept / MIB
 
 

@@ -1,6 +1,12 @@
-"""What a training step holds in GPU memory, in closed form."""
+"""
+What a training step, and each attention in it, holds in memory, in closed form.
 
-from model import GPT
+Shapes: B batch, T tokens in a sequence, C = n_embd, H heads, D head_dim, W window_size.
+"""
+
+from dataclasses import dataclass
+
+from model import GPT, GPTConfig
 
 MIB = 2**20
 
@@ -19,3 +25,163 @@ def predict_training_mib(model: GPT, batch_size: int, sequence_length: int) -> f
     vectors_per_layer = 14 if config.post_norm and config.pre_norm else 12
     activations = 2 * tokens * config.n_embd * vectors_per_layer * config.n_layer
     return (parameters + logits + activations) / MIB
+
+
+# -----------------------------------------------------------------------------
+# a forward and a backward pass of one part of a model
+
+
+@dataclass(frozen=True)
+class Need:
+    """
+    Bytes beyond the inputs and the gradient of the output, which are there before. `saved`: what stays between forward
+    and backward, the inputs that backward reads included; the peaks: the most at any time in forward and in backward.
+    """
+
+    saved: int
+    forward_peak: int
+    backward_peak: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of q, k and v: (B, H, T, D) views of (B, T, H, D) memory, as in model.py."""
+
+    B: int
+    T: int
+    H: int
+    D: int
+    itemsize: int
+    """bytes of an element"""
+
+    def vectors(self, T: int | None = None) -> int:
+        """Bytes of T tokens of each sequence in one tensor."""
+        return self.B * (self.T if T is None else T) * self.H * self.D * self.itemsize
+
+    def rows(self, T: int | None = None) -> int:
+        """Bytes of one float32 for each query and head: the logsumexp, or delta, the sum of out * d_out."""
+        return 4 * self.B * (self.T if T is None else T) * self.H
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def kernel_scratch(kernel: str, B: int, Tq: int, Tk: int, H: int, D: int, threads: int = 1) -> tuple[int, int]:
+    """
+    Bytes that a kernel takes for itself in forward and in backward, beyond output, logsumexp and dq, dk, dv.
+    kernel: flex, flash, cuDNN, FlashAttention-2, memory-efficient or CPU.
+    """
+    if kernel == "flex":  # the largest score of each row; delta, and a 16-bit copy, not there in (B, H, T, D) memory
+        return 4 * B * Tq * H, (4 + 2 * D) * B * Tq * H
+    if kernel == "CPU":  # tiles of the scores for each thread (FlashAttentionKernel.cpp); delta is never whole
+        q_tile, k_tile = min(Tq, 256 if Tq >= 768 else 64 if Tq >= 192 else 32), min(Tk, 512)
+        return 4 * threads * q_tile * (k_tile + D + 2), 4 * threads * q_tile * (2 * k_tile + 1)
+    rows = {
+        "flash": B * (Tq + 128),  # every sequence is padded by one tile (mha_varlen_bwd in flash_api.cpp)
+        "FlashAttention-2": B * round_up(Tq, 128),  # mha_bwd
+    }.get(kernel, B * Tq)
+    accumulators = {  # float32 for each row: of dq, which several blocks of keys add to
+        "cuDNN": D,
+        "flash": round_up(D, 32),
+        "FlashAttention-2": round_up(D, 32),
+        "memory-efficient": D,
+    }[kernel]
+    return 0, 4 * rows * H * (1 + accumulators)  # 1: delta
+
+
+def attention_need(backend: str | None, sdpa: str, shape: Shape, W: int | None, threads: int = 1) -> Need:
+    """
+    Attention alone, not compiled unless flex. backend: of a window, None is full causal attention; sdpa: the kernel
+    of scaled_dot_product_attention, as in `kernel_scratch`. Beside q, k, v: output and logsumexp, then dq, dk, dv.
+    """
+    if backend == "blocked" and shape.T > W:
+        return blocked_need(sdpa, shape, W, threads)
+    kernel = backend if backend in ("flex", "flash") else sdpa
+    forward, backward = kernel_scratch(kernel, shape.B, shape.T, shape.T, shape.H, shape.D, threads)
+    x, alive = shape.vectors(), shape.vectors() + shape.rows()
+    return Need(saved=3 * x + alive, forward_peak=alive + forward, backward_peak=alive + 3 * x + backward)
+
+
+def blocked_need(sdpa: str, shape: Shape, W: int, threads: int = 1) -> Need:
+    """attention.blocked_window_attention where T > W: the first block apart, the n others as one batch."""
+    n = -(-shape.T // W) - 1
+    x, first, rest, padded = (shape.vectors(tokens) for tokens in (shape.T, W, n * W, (n + 1) * W))
+    several = shape.B > 1 and n > 1  # then sequences and blocks cannot become one dimension without a copy
+    ragged = shape.T % W > 0
+    queries = rest if several else padded  # else a view, which keeps all of what it is a part of
+    pairs = 2 * rest  # blocks of keys, or of values, each behind its predecessor
+    bool_mask, mask = 2 * W * W, 2 * W * W * shape.itemsize
+    alive = (first + shape.rows(W)) + queries + 2 * pairs + mask + (rest + shape.rows(n * W)) + x  # x: the output
+
+    building_mask = first + shape.rows(W) + 8 * 2 * W * W + 2 * bool_mask  # int64 distances
+    padding_values = first + shape.rows(W) + bool_mask + queries + pairs + 2 * padded + pairs
+    joining = alive + bool_mask + (rest if several and sdpa == "CPU" else 0)  # CUDA's output has the order of x
+    d_rest = rest if several or ragged else 0  # else a view of the output's gradient
+    d_rest_in_order = rest if shape.B > 1 or ragged else 0  # as the kernel reads it
+    _, scratch = kernel_scratch(sdpa, shape.B * n, W, 2 * W, shape.H, shape.D, threads)
+    gradients = rest + 2 * pairs
+    return Need(saved=3 * x + alive, forward_peak=max(building_mask, padding_values, joining),
+                backward_peak=alive + d_rest + d_rest_in_order + gradients + scratch)
+
+
+def block_mask_bytes(T: int, W: int) -> int:
+    """
+    What flex's block mask keeps on CUDA: for each row of blocks of 128 those at the distances at which some pair is
+    visible, and those at which all are, as int32 with a count; once by queries, once by keys. Both lists are as wide.
+    """
+    n = -(-T // 128)
+    n_full = max(0, min(W // 128, n) - 1)
+    n_partial = min((W + 126) // 128, n - 1) - n_full + 1
+    n_lists = 4 if n_full else 2
+    width = max(n_full, n_partial)
+    return n_lists * (round_up(4 * n, 512) + round_up(4 * n * width, 512))  # torch allocates multiples of 512
+
+
+# In the compiled form, for each token and layer: vectors of n_embd in bf16 that backward reads, or the output.
+SAVED_VECTORS = {
+    "input of c_attn": 1,
+    "q and k after the rotary embedding": 2,
+    "output of c_attn, of which v is a part": 3,
+    "input of c_proj": 1,
+    "residual stream after attention": 1,
+    "input of c_fc": 1,
+    "output of c_fc": 4,
+    "GELU of it": 4,
+    "residual stream after the MLP": 1,
+}
+
+
+def layer_bytes(config: GPTConfig, backend: str | None, B: int, T: int) -> int:
+    """What a compiled layer leaves behind in forward beside its weights, its output included; bf16."""
+    shape = Shape(B, T, config.n_head, config.head_dim, itemsize=2)
+    total = sum(SAVED_VECTORS.values()) * shape.vectors()
+    total += (1 + 2 * config.qk_norm) * shape.rows()  # logsumexp, and the scale of the norms of q and k
+    if backend == "blocked" and config.window_size < T:
+        W = config.window_size
+        rest = shape.vectors((-(-T // W) - 1) * W)
+        total += 5 * rest + 4 * W * W  # queries, keys and values twice; mask
+        total += shape.vectors()  # the output before its parts are joined
+    return total
+
+
+def block_need(config: GPTConfig, backend: str | None, B: int, T: int) -> Need:
+    """One compiled model.Block in bf16 autocast; its weights and their gradients are float32."""
+    C, x = config.n_embd, 2 * B * T * config.n_embd
+    alive = layer_bytes(config, backend, B, T)
+    alive += x * (config.post_norm and config.pre_norm)  # c_proj's output of the MLP; attention's replaces the stream
+    alive += 2 * 12 * C * C  # bf16 copies of the weights
+    first_gradient = (2 + 4) * 4 * C * C  # of the MLP's c_proj, the first that backward computes: bf16, then float32
+    return Need(saved=x + alive, forward_peak=alive, backward_peak=alive + first_gradient)
+
+
+def model_need(config: GPTConfig, backend: str | None, B: int, T: int) -> Need:
+    """The compiled GPT with targets, in bf16 autocast, its weights included; backward peaks at the logits."""
+    C, V, x = config.n_embd, config.vocab_size, 2 * B * T * config.n_embd
+    num_params = V * C + 12 * C * C * config.n_layer
+    alive = (4 + 2) * num_params  # float32 weights, bf16 copies
+    alive += config.n_layer * layer_bytes(config, backend, B, T)
+    alive += config.n_layer * 2 * x * (config.post_norm and config.pre_norm)  # the outputs of both c_proj
+    alive += 2 * x  # embedding, input of the head
+    alive += 2 * B * T * V  # bf16 logits; their gradient takes their place
+    return Need(saved=alive, forward_peak=alive, backward_peak=alive + 2 * V * C)  # bf16 gradient of the head

@@ -1,0 +1,63 @@
+"""Memory and time of a function."""
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+import machine
+
+
+def allocations(run, device: torch.device):
+    """(what it returns, bytes that are kept while that is, peak in bytes), both beyond what was allocated before."""
+    if device.type == "cuda":
+        machine.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        machine.reset_peak(device)
+        result = run()
+        machine.synchronize(device)
+        return (result, torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch 2.13 prints two lines per profile
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+    with tempfile.TemporaryDirectory() as directory:
+        profile.export_chrome_trace(f"{directory}/trace.json")
+        trace = json.loads(Path(directory, "trace.json").read_text())["traceEvents"]
+    kept = peak = 0
+    for event in sorted((event for event in trace if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        kept += event["args"]["Bytes"]  # negative where memory is given back
+        peak = max(peak, kept)
+    return result, kept, peak
+
+
+def milliseconds(run, device: torch.device) -> float:
+    """
+    Median time of `run`. On CUDA as a graph, on the device's clock, so that the host's launches do not count, of at
+    least 20 in 300 ms; `run` must have been called before, and must not wait for the device. On a CPU of 3.
+    """
+    def mark():
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    times, (n_runs, least_ms) = [], (20, 300) if device.type == "cuda" else (3, 0)
+    while not times or sum(times) < least_ms:
+        marks = [mark()]
+        for _ in range(n_runs):
+            run()
+            marks.append(mark())
+        machine.synchronize(device)
+        times += [a.elapsed_time(b) if device.type == "cuda" else 1000 * (b - a) for a, b in pairwise(marks)]
+    return statistics.median(times)
