@@ -139,11 +139,12 @@ def window_tables(backend: str, B: int, T: int, W: int, head_dim: int, device: t
 def flex_window_attention(q, k, v, W, block_mask, kernel_options):
     """flex_attention, fused: compiled with what surrounds it, or on its own where that is not compiled."""
     attend = flex if torch.compiler.is_compiling() else compiled_flex()
-    return attend(q, k, v, W, block_mask, kernel_options)
+    return attend(q, k, v, W, block_mask, kernel_options).transpose(1, 2)
 
 
 def flex(q, k, v, W, block_mask, kernel_options):
-    return flex_attention(q, k, v, block_mask=block_mask, kernel_options=kernel_options)
+    """(B, T, H, D), as it lies in memory: autograd copies the gradient of what is not contiguous into such a form."""
+    return flex_attention(q, k, v, block_mask=block_mask, kernel_options=kernel_options).transpose(1, 2)
 
 
 @functools.cache

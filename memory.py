@@ -72,8 +72,8 @@ def kernel_scratch(kernel: str, B: int, Tq: int, Tk: int, H: int, D: int, thread
     Bytes that a kernel takes for itself in forward and in backward, beyond output, logsumexp and dq, dk, dv.
     kernel: flex, flash, cuDNN, FlashAttention-2, memory-efficient or CPU.
     """
-    if kernel == "flex":  # the largest score of each row; delta, and a 16-bit copy, not there in (B, H, T, D) memory
-        return 4 * B * Tq * H, (4 + 2 * D) * B * Tq * H
+    if kernel == "flex":  # the largest score of each row; delta. A kernel of its own computes dq
+        return 4 * B * Tq * H, 4 * B * Tq * H
     if kernel == "CPU":  # tiles of the scores for each thread (FlashAttentionKernel.cpp); delta is never whole
         q_tile, k_tile = min(Tq, 256 if Tq >= 768 else 64 if Tq >= 192 else 32), min(Tk, 512)
         return 4 * threads * q_tile * (k_tile + D + 2), 4 * threads * q_tile * (2 * k_tile + 1)

@@ -16,7 +16,7 @@ on CUDA those of a graph, without what the host takes to launch its kernels.
 
 Closed form of attention alone, with x the bytes of one of q, k, v, out, and r = 4 B T H; memory.py has every term:
                 saved     backward peak
-  flex          4 x + r   5 x + 2 r                out, dq, dk, dv, logsumexp, delta, and a copy
+  flex          4 x + r   4 x + 2 r                out, dq, dk, dv, logsumexp, delta
   cuDNN, flash  4 x + r   4 x + 2 r + 4 B T C      and dq in float32; flash pads each sequence by 128 tokens
   blocked       10 x      14 to 16 x               keys and values twice; each step is a copy
 A block saves 19 x: input, output and 17 between them. A layer of the model saves as much.

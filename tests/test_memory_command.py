@@ -78,7 +78,7 @@ def mib(backend, sdpa, B, T, W):
 def test_need_of_attention_on_a_gpu_by_hand():
     """65,536 tokens, 768 wide, bf16: a tensor is 96 MiB, a float32 for each row 3 MiB. Peaks measured on an H100."""
     for B, T in (64, 1024), (1, 65536):
-        assert mib("flex", "cuDNN", B, T, 1024) == (3 * 96 + 96 + 3, 102, 486)
+        assert mib("flex", "cuDNN", B, T, 1024) == (3 * 96 + 96 + 3, 102, 390)
         assert mib(None, "cuDNN", B, T, None) == (387, 99, 390 + 2 * 96)
         assert mib(None, "cuDNN", B, T, None)[2] == pytest.approx(583, rel=0.01)
     padded = (65536 + 64 * 128) / 65536
@@ -91,7 +91,7 @@ def test_need_of_attention_on_a_gpu_by_hand():
 
 
 def test_scratch_grows_with_what_it_is_for():
-    assert kernel_scratch("flex", 2, 100, 100, 3, 64) == (4 * 600, 4 * 600 + 2 * 600 * 64)
+    assert kernel_scratch("flex", 2, 100, 100, 3, 64) == (4 * 600, 4 * 600)
     assert kernel_scratch("cuDNN", 2, 100, 100, 3, 64) == (0, 4 * 600 * 65)
     assert kernel_scratch("FlashAttention-2", 2, 100, 100, 3, 40) == (0, 4 * 2 * 128 * 3 * 65)
     one, three = (kernel_scratch("CPU", 2, 800, 800, 3, 64, threads) for threads in (1, 3))
