@@ -103,7 +103,7 @@ def attention_kernels(step: Callable[[], object], device: torch.device) -> str:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch 2.13 prints two lines per profile
     on_cuda = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profile:
+    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:  # 2.11 warns without
         step()
         synchronize(device)
     names = [event.key for event in profile.key_averages()]

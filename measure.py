@@ -23,7 +23,8 @@ def allocations(run, device: torch.device):
         machine.synchronize(device)
         return (result, torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch 2.13 prints two lines per profile
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    on_cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=on_cpu, profile_memory=True, acc_events=True) as profile:
         result = run()
     with tempfile.TemporaryDirectory() as directory:
         profile.export_chrome_trace(f"{directory}/trace.json")
