@@ -1,293 +1,299 @@
 """
-Whether every attention back end on this machine computes what model.py means by attention.
+How fast a training step is, where its time goes, and what it would take at least.
 
+    python bench.py --model d12_qk_norm --batch_size 64 --sequence_length 1024
+    python bench.py --model d12_qk_norm --compare "--model d12"
     python bench.py --verify
 
-Output and gradients of each back end are compared with a dense float64 reference, and so are those of plain attention:
-dense, each step in the back end's own dtype. A back end passes if its error is at most twice that of plain attention,
-for out, dq, dk and dv, and if its queries see exactly the keys that they should: with q = k = 0 and parts of the
-identity as v, its output is the T x T matrix of weights.
+A step is that of train_gpt2.py with one micro-batch of random tokens in one process: forward and backward, clipping,
+AdamW. Its time is the median on the host's clock after a warm-up, "peak" what torch has allocated at most.
+The table has, for each kind of kernel (kernels.py), its time in a few more steps under torch's profiler, and its floor
+(floor.py). --compare takes a second setting, the first one with these options changed, and runs both in turn, A B A B.
+--verify is verify.py.
 
-The error is the Frobenius norm of the difference, over T and D, of the worst head: the ratio of two kernels' errors
-then hardly depends on the inputs (that of their largest elements ranges from 0.2 to 3), and yet one wrong row is a
-miss. Plain attention can be exact by luck: with one visible key dq = dk = 0. So its error counts as at least 2 eps of
-float32, in which every back end adds up, times the root mean square of the terms that cancel; see `rounding`. In
-bfloat16 that matters with one visible key only, in float32 it is up to 11 times plain attention's error: fused kernels
-compute the weights anew in the backward pass, and torch's own for CPUs errs 2.2 times as much as plain attention.
-
-Exit codes: 0 all pass, 1 a miss (or a bug: then with a traceback), 2 bad option, 130 Ctrl-C.
+Exit codes: 0 done, 1 out of memory, a miss of --verify, or a bug (then with a traceback), 2 bad option, or torch would
+have run a slow form, 5 cannot write, 130 Ctrl-C.
 """
 
-import math
-import multiprocessing
-import os
+import gc
+import shlex
+import statistics
 import sys
-import warnings
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import product
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
-from torch.nn.attention import SDPBackend
 
 import machine
-from attention import (
-    WINDOW_ATTENTION,
-    causal_attention,
-    choose_window_backend,
-    compiled_flex,
-    sdpa_choice,
-    use_sdpa,
-    window_tables,
-)
-from model import norm
-from rundir import BAD_OPTION, INTERRUPTED
+from attention import SlowPath, choose_window_backend, compiled_flex
+from configs.recipes import TrainConfig
+from configs.variants import model_name, variant
+from files import write_json
+from floor import measure_floor
+from kernels import ALL_KINDS, profile
+from measure import ratio, step_times
+from memory import MIB
+from model import GPT, GPTConfig
+from optim import make_optimizer
+from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, writing
 
-B, H = 2, 3
-SHAPES = [(T, W) for T in (256, 300) for W in (1, 2, 127, 128, 129, T, None)] + [(640, 300)]  # (T, W)
-NAMES = ("out", "dq", "dk", "dv")
-LIMIT = 2  # error over that of plain attention
+WARMUP_STEPS, PROFILED_STEPS = 5, 3
+ROUNDS = 4  # turns of each setting under --compare
+DEFAULTS = {"cuda": {"model": "d12", "batch_size": 64, "sequence_length": 1024},
+            "cpu": {"model": "tiny", "batch_size": 2, "sequence_length": 64}}
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to do."""
+    """What to measure."""
 
-    verify: bool = False
-    """compare output, gradients and visible keys of every attention back end with a float64 reference"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a back end is asked to compute."""
-
-    backend: str
-    """a name of attention.WINDOW_ATTENTION; for full attention one of SDPBackend, or SDPA where torch has but one"""
-    dtype: torch.dtype
-    D: int
-    """head_dim"""
-    T: int
+    gpt: GPTConfig
+    model: str
+    """variant, see train_gpt2.py --list"""
+    batch_size: int
+    """sequences in a step"""
+    sequence_length: int
     """tokens in a sequence"""
-    W: int | None
-    """window size; None is full causal attention"""
-    qk_norm: bool = False
-    """RMSNorm of q and k before attention, as in model.py; gradients are taken through it"""
+    steps: int = 20
+    """timed steps, of each turn if there are several"""
+    window_backend: str | None = None
+    """kernel of the sliding window; None: flex on CUDA, blocked elsewhere"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the matrix products; auto: bfloat16 on GPUs that have it"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; auto: on CUDA"""
+    device: str = "auto"
+    """auto, cuda or cpu"""
+    out_dir: str = "runs/bench"
+    """where results.json is written"""
+    compare: str | None = None
+    """options of a second setting, in one string; what is not in it is as in the first"""
+    verify: tyro.conf.FlagCreatePairsOff[bool] = False
+    """compare output, gradients and visible keys of every attention back end with a float64 reference instead"""
+
+    def __post_init__(self):
+        for name in ("batch_size", "sequence_length", "steps"):
+            if not 1 <= getattr(self, name) <= 2**24:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 1 and 2^24")
+
+    @property
+    def tokens(self) -> int:
+        """In a step."""
+        return self.batch_size * self.sequence_length
+
+    def check(self, device: torch.device):
+        """ValueError where the window is too long or its kernel cannot serve on the device."""
+        with torch.device("meta"):
+            GPT(self.gpt, self.window_backend)  # raises for a back end that is unknown or has no use
+        W, T, dtype = self.gpt.window_size, self.sequence_length, machine.matmul_dtype(device, self.dtype)
+        if W is not None and W > T:
+            raise ValueError(f"window_size={W} is more than sequence_length={T}")
+        if W is not None:
+            choose_window_backend(self.window_backend, self.gpt.head_dim, device, dtype)
 
 
 @dataclass(frozen=True)
-class Result:
-    """How it did. `miss` and `cannot` are words: what is wrong; why a back end that need not does not serve here."""
+class Choice:
+    """What sets the defaults of everything else."""
 
-    case: Case
-    ratios: dict[str, float] = field(default_factory=dict)  # of out, dq, dk, dv: error over that of plain attention
-    last_query_sees: int = 0  # keys
-    keys_agree: bool = False  # for every query
-    miss: str = ""
-    cannot: str = ""
+    model: str | None = None
+    device: str = "auto"
 
 
-# -----------------------------------------------------------------------------
-# one check
+STYLE = {"use_underscores": True, "config": (tyro.conf.OmitArgPrefixes,)}
 
 
-def draw(case: Case, device: torch.device):
-    """q, k, v, d_out (B, T, H, D), v strided as a part of qkv. q has deviation 2: attention is far from uniform."""
-    generator = torch.Generator().manual_seed(case.T)
-    qkv, d_out = (torch.randn(B, case.T, n * H, case.D, generator=generator).to(device, case.dtype) for n in (3, 1))
-    q, k, v = qkv.split(H, dim=2)
-    return 2 * q, k.contiguous(), v, d_out
+def choose(arguments: list[str]) -> Choice:
+    return tyro.cli(Choice, args=arguments, return_unknown_args=True, add_help=False, **STYLE)[0]
 
 
-def plain_attention(q, k, v, visible):
-    """softmax(q k^T / sqrt(D)) v over the visible keys, (T, T) bool, each step in the dtype of q; (B, H, T, D)."""
-    score = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
-    return score.masked_fill(~visible.to(q.device), -math.inf).softmax(dim=-1) @ v
+def parse(arguments: list[str], default: BenchConfig) -> BenchConfig:
+    """An option beats the variant, a variant that is among the arguments beats the default."""
+    if model := choose(arguments).model:
+        default = replace(default, model=model, gpt=variant(model))
+    return tyro.cli(BenchConfig, args=arguments, default=default, description=__doc__.strip(), **STYLE)
 
 
-def default_backend(case: Case, device: torch.device) -> str:
-    """The one that model.py takes where none is asked for."""
-    if case.W is not None:
-        return choose_window_backend(None, case.D, device, case.dtype)
-    choice = sdpa_choice(case.T, case.D, device, case.dtype)
-    return "SDPA" if choice is None else choice.name
-
-
-def kernel(case: Case, device: torch.device):
-    """attend(q, k, v) of the back end, set up as in GPT.forward. ValueError where it cannot serve."""
-    choice, tables = SDPBackend.__members__.get(case.backend), {}
-    if case.W is not None:
-        choose_window_backend(case.backend, case.D, device, case.dtype)
-        choice = sdpa_choice(case.T, case.D, device, case.dtype, masked=case.backend == "blocked")
-        tables = window_tables(case.backend, B, case.T, case.W, case.D, device, case.dtype)
-
-    def attend(q, k, v):
-        with use_sdpa(choice):
-            if case.W is None:
-                return causal_attention(q, k, v)
-            return WINDOW_ATTENTION[case.backend](q, k, v, case.W, **tables)
-
-    return attend
-
-
-def differentiate(attend, q, k, v, d_out, qk_norm: bool):
-    """out, dq, dk, dv (B, T, H, D), with `attend` called as in model.py; d_out is the gradient of out."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    heads = (x.transpose(1, 2) for x in ((norm(q), norm(k), v) if qk_norm else (q, k, v)))  # (B, H, T, D)
-    out = attend(*heads).transpose(1, 2)  # (B, H, T, D) -> (B, T, H, D)
-    return out.detach(), *torch.autograd.grad(out, (q, k, v), d_out)
-
-
-def visibility(attend, q, k, v, d_out):
-    """(T, T) bool: which keys have a weight. Each head of each sequence gets D columns of the identity as v."""
-    (T, D), weights = (q.size(1), q.size(3)), []
-    for columns in F.pad(torch.eye(T), (0, -T % (B * H * D))).split(B * H * D, dim=1):
-        v.copy_(columns.view(T, B, H, D).transpose(0, 1))
-        # with gradients, so that what was compiled for `differentiate` serves
-        heads = (x.detach().requires_grad_().transpose(1, 2) for x in (0 * q, 0 * k, v))
-        weights.append(attend(*heads).permute(2, 0, 1, 3).reshape(T, B * H * D).cpu())  # (B, H, T, D) -> (T, B H D)
-    return torch.cat(weights, dim=1)[:, :T] != 0
-
-
-def size(x):
-    """Largest Frobenius norm of a head, over T and D; NaN if there is one. x: (B, T, H, D)."""
-    return x.norm(dim=(1, 3)).max()
-
-
-def rounding(q, k, v, d_out):
-    """
-    2 eps(float32) times what cancels in out, dq, dk and dv. A weight is exp(score - logsumexp), its gradient d_out v^T
-    less its mean; for random rows rms(score) = rms(q) rms(k) and rms(d_out v^T) / sqrt(D) = rms(d_out) rms(v).
-    """
-    rms_q, rms_k, rms_v, rms_d_out = (x.pow(2).mean().sqrt() for x in (q, k, v, d_out))
-    score, d_weight = rms_q * rms_k, rms_d_out * rms_v
-    terms = score * size(v), d_weight * size(k), d_weight * size(q), score * size(d_out)
-    return [2 * torch.finfo(torch.float32).eps * term for term in terms]
-
-
-def check(case: Case, device: torch.device) -> Result:
-    """Compares one back end with the reference, which is computed on the CPU."""
-    index = torch.arange(case.T)
-    distance = index[:, None] - index  # q_idx - kv_idx
-    visible = (distance >= 0) & (distance < (case.W or case.T))
-    try:
-        inputs, attend = draw(case, device), kernel(case, device)
-        actual, seen = differentiate(attend, *inputs, case.qk_norm), visibility(attend, *draw(case, device))
-    except (ValueError, RuntimeError) as error:
-        unable = isinstance(error, ValueError) or "No available kernel" in str(error)
-        outcome = "cannot" if unable and case.backend != default_backend(case, device) else "miss"
-        return Result(case, **{outcome: str(error).splitlines()[0]})
-    dense, doubles = partial(plain_attention, visible=visible), [x.cpu().double() for x in inputs]
-    plain, exact = differentiate(dense, *inputs, case.qk_norm), differentiate(dense, *doubles, case.qk_norm)
-    ratios, wrong = {}, []
-    for name, x, y, z, least in zip(NAMES, actual, plain, exact, rounding(*doubles), strict=True):
-        error, error_of_plain = (size(e.cpu().double() - z) for e in (x, y))
-        ratios[name] = (error / error_of_plain.clamp(min=least)).nan_to_num(nan=math.inf).item()
-        if ratios[name] > LIMIT:
-            wrong.append(f"error of {name} {error:.2g}, of plain attention {error_of_plain:.2g} (of {size(z):.2g})")
-    if not torch.equal(seen, visible):
-        wrong.append(f"{(seen != visible).sum()} pairs of query and key wrongly visible or hidden")
-    return Result(case, ratios, int(seen[-1].sum()), torch.equal(seen, visible), "; ".join(wrong))
+def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device]:
+    """One setting, or the two of --compare. ValueError for a bad value."""
+    if "--compare" in arguments[:-1]:  # its value begins with --, which tyro takes only after =
+        i = arguments.index("--compare")
+        arguments = [*arguments[:i], "=".join(arguments[i:i + 2]), *arguments[i + 2:]]
+    device = machine.select_device(choose(arguments).device)
+    values = DEFAULTS["cuda" if device.type == "cuda" else "cpu"]
+    default = BenchConfig(variant(values["model"]), **values)
+    config = parse(arguments, default)
+    if config.verify:
+        if config != replace(default, verify=True, device=config.device):
+            raise ValueError("--verify takes no other option than --device")
+        return [config], device
+    if device.type not in DEFAULTS:
+        raise ValueError(f"device={device.type}: torch's profiler sees no kernels there; use --device cpu")
+    configs = [config]
+    if config.compare is not None:
+        second = parse(shlex.split(config.compare), config)
+        for name in ("steps", "device", "out_dir", "compare", "verify"):
+            if getattr(second, name) != getattr(config, name):
+                raise ValueError(f"--compare {config.compare!r}: {name} cannot differ between two settings")
+        configs.append(second)
+    for config in configs:
+        config.check(device)
+    return configs, device
 
 
 # -----------------------------------------------------------------------------
-# all of them
+# a step
 
 
-def all_cases(device: torch.device) -> list[Case]:
-    """Without qk_norm, which `check_group` adds; on CUDA without float32 and D=128, to compile flex less often."""
-    heads = [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)]
-    heads += [(torch.float32, 128)] * (device.type != "cuda")
-    cases = []
-    for (dtype, D), (T, W) in product(heads, SHAPES):
-        several = sdpa_choice(T, D, device, dtype) is not None
-        full = ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"] if several else ["SDPA"]
-        cases += [Case(backend, dtype, D, T, W) for backend in (full if W is None else WINDOW_ATTENTION)]
-    return cases
+def build(config: BenchConfig, device: torch.device):
+    """(a step as in train_gpt2.py, warmed up; MiB that stay between steps)."""
+    model = GPT(config.gpt, config.window_backend).to(device)
+    optimizer = make_optimizer(model, TrainConfig())
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        model.compile()
+    dtype = machine.matmul_dtype(device, config.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    B, T = config.batch_size, config.sequence_length
+    inputs, targets = torch.randint(config.gpt.vocab_size, (2, B, T), device=device)
+
+    def step():
+        with autocast:
+            _, loss = model(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), TrainConfig.grad_clip).item()  # the loop waits here too
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step_times(step, WARMUP_STEPS, device)
+    state = [x for values in optimizer.state.values() for x in values.values()]
+    held_mib = sum(x.nbytes for x in (*model.parameters(), *state, inputs, targets)) / MIB
+    return step, held_mib
 
 
-def check_group(cases: list[Case], device: torch.device) -> list[Result]:
-    """Each case without and with qk_norm, which is no part of what is compiled."""
-    results = []
-    for case in cases:
-        torch._dynamo.reset()  # or torch's limit of compiled shapes would be met
-        compiled_flex.cache_clear()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SDPA's, why it does not take a kernel
-            results += [check(replace(case, qk_norm=qk_norm), device) for qk_norm in (False, True)]
-    return results
+def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
+    """Figures of each setting. Two take turns, and stay in memory between them or, if they do not fit, are rebuilt."""
+    built, figures, fit = {}, [{"rounds_ms": []} for _ in configs], True
+
+    def turn(i: int):
+        if i not in built:
+            built[i] = build(configs[i], device)
+        step = built[i][0]
+        machine.reset_peak(device)
+        times, peak_mib = step_times(step, configs[i].steps, device), machine.peak_mib(device)
+        if not figures[i]["rounds_ms"]:
+            others_mib = sum(held_mib for j, (_, held_mib) in built.items() if j != i)
+            figures[i] |= {"peak_mib": peak_mib and peak_mib - others_mib} | profile(step, PROFILED_STEPS, device)
+        figures[i]["rounds_ms"].append(times)
+
+    for _ in range(1 if len(configs) == 1 else ROUNDS):
+        for i in range(len(configs)):
+            if not fit:
+                release(built)
+            try:
+                turn(i)
+                continue
+            except torch.OutOfMemoryError:
+                if not built.keys() - {i}:  # alone it does not fit either
+                    raise
+            fit = False
+            release(built)
+            turn(i)
+    release(built)
+    for config, figure in zip(configs, figures, strict=True):
+        dtype, T = machine.matmul_dtype(device, config.dtype), config.sequence_length
+        with torch.device("meta"):
+            model = GPT(config.gpt)
+        ms = statistics.median(ms for times in figure["rounds_ms"] for ms in times)
+        flops_per_s = model.flops_per_token(T) * config.tokens / ms * 1000
+        peak_flops = machine.peak_flops(machine.device_name(device)) if dtype == torch.bfloat16 else None
+        figure |= {"step_ms": ms, "tokens_per_s": 1000 * config.tokens / ms,
+                   "mfu": flops_per_s / peak_flops if peak_flops else None,
+                   "floor": measure_floor(model, config.window_backend, config.batch_size, T, device, dtype)}
+    return figures
 
 
-def start_worker():
-    torch.set_num_threads(1)
-    torch._inductor.config.compile_threads = 1
+def release(built: dict):
+    """Forgets what was built, and what was compiled for it."""
+    built.clear()
+    torch._dynamo.reset()
+    compiled_flex.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
-def verify(device: torch.device) -> list[Result]:
-    """
-    Every case. On CUDA each back end, dtype, D and T has a process of its own: nearly all of the time is compilation,
-    and a kernel that writes where it must not spoils its process.
-    """
-    groups = {}
-    for case in all_cases(device):
-        groups.setdefault((case.backend, case.dtype, case.D, case.T), []).append(case)
-    run = partial(check_group, device=device)
-    if device.type != "cuda":
-        return [result for group in groups.values() for result in run(group)]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=start_worker, max_tasks_per_child=1) as pool:
-        return [result for results in pool.map(run, groups.values()) for result in results]
+# -----------------------------------------------------------------------------
+# showing
 
 
-def report(results: list[Result], device: torch.device):
-    """Prints the worst ratios, the visible keys, what cannot serve, and each miss in full."""
-    groups, sees = {}, {}
-    for result in results:
-        case = result.case
-        if result.ratios:
-            name = case.backend + " *" * (case.backend == default_backend(case, device))
-            groups.setdefault((name, str(case.dtype), case.D, case.qk_norm), []).append(result)
-            sees.setdefault(case.backend, {}).setdefault((case.T, case.W), set()).add(result.last_query_sees)
-    print("\nWorst error over that of plain attention, and its T/W; keys: cases where they agree; *: default")
-    print(f"{'back end':<22}{'dtype':<15}{'D':>3} {'qk_norm':<8}{''.join(f'{name:<14}' for name in NAMES)}keys")
-    for (name, dtype, D, qk_norm), group in sorted(groups.items()):
-        line = f"{name:<22}{dtype:<15}{D:>3} {'yes' if qk_norm else 'no':<8}"
-        for x in NAMES:
-            worst = max(group, key=lambda result: result.ratios[x])
-            line += f"{worst.ratios[x]:<4.2g} {worst.case.T}/{worst.case.W or 'full'}".ljust(14)
-        keys = f"{sum(result.keys_agree for result in group)}/{len(group)}"
-        print(line + f"{keys:<6}{'MISS' if any(result.miss for result in group) else 'pass'}")
-    print("\nKeys that the last query sees\n" + f"{'T/W':<10}{'  '.join(sees)}")
-    for T, W in SHAPES:
-        counts = {name: ",".join(map(str, seen.get((T, W), ""))) for name, seen in sees.items()}
-        print(f"{T}/{W or 'full':<6}" + "  ".join(f"{count:<{len(name)}}" for name, count in counts.items()))
-    for line in dict.fromkeys(f"{r.case.backend}, {r.case.dtype}: {r.cannot}" for r in results if r.cannot):
-        print(f"cannot serve: {line}")
-    for result in results:
-        if result.miss:
-            print(f"MISS {result.case}: {result.miss}")
+def show(config: BenchConfig, figure: dict, device: torch.device):
+    """Prints one setting: a summary, the table of kinds, and the kernels of no known kind by name."""
+    dtype = str(machine.matmul_dtype(device, config.dtype)).removeprefix("torch.")
+    times = [ms for times in figure["rounds_ms"] for ms in times]
+    print(f"\n{model_name(config.gpt)}, {config.batch_size} x {config.sequence_length} tokens, {dtype}, "
+          f"compile {config.compile}" + f", window by {config.window_backend}" * bool(config.window_backend))
+    print(f"{figure['step_ms']:,.2f} ms a step ({min(times):,.2f} to {max(times):,.2f}, {len(times)} steps), "
+          f"{figure['tokens_per_s']:,.0f} tokens/s, "
+          + (f"{figure['mfu']:.1%} MFU" if figure["mfu"] else "MFU unknown")
+          + (f", peak {figure['peak_mib']:,.0f} MiB" if figure["peak_mib"] else ""))
+    floor, step_ms = figure["floor"], sum(figure["kinds"].values())
+    print(f"\n{'kind of kernel':<18}{'ms':>9}{'share':>8}{'floor ms':>10}{'ratio':>8}")
+    rows = {kind: (figure["kinds"][kind], floor["kinds"].get(kind, 0.0)) for kind in ALL_KINDS}
+    for name, (ms, least_ms) in (rows | {"profiled step": (step_ms, sum(floor["kinds"].values()))}).items():
+        ratio = f"{ms / least_ms:8.2f}" if least_ms else ""
+        print(f"{name:<18}{ms:>9.3f}{ms / step_ms:>8.1%}{least_ms:>10.3f}{ratio}")
+    print(f"floor: matrix products at {floor['product_flops_per_s'] / 1e12:,.3g} TFLOP/s, bytes read and written at "
+          f"{floor['copy_bytes_per_s'] / 1e9:,.4g} GB/s")
+    others = [kernel for kernel in figure["kernels"] if kernel["kind"] == "other"]
+    for kernel in others[:10]:
+        print(f"other: {kernel['ms']:8.3f} ms, {kernel['calls']:.0f} x {kernel['name'][:90]}")
+    if rest_ms := [kernel["ms"] for kernel in others[10:]]:
+        print(f"other: {sum(rest_ms):8.3f} ms, {len(rest_ms)} more names, see results.json")
+
+
+def run(arguments: list[str]) -> int:
+    """Returns the exit code. Raises ValueError, SlowPath, CannotWrite or OutOfMemoryError."""
+    configs, device = parse_options(arguments)
+    if configs[0].verify:
+        import verify
+
+        return verify.run(configs[0].device)
+    check_writable(out_dir := Path(configs[0].out_dir))
+    print(*(f"{name}: {value}" for name, value in machine.versions(device).items() if value), sep=", ", flush=True)
+    figures = measure(configs, device)
+    settings = [{"config": asdict(config)} | figure for config, figure in zip(configs, figures, strict=True)]
+    for config, figure in zip(configs, figures, strict=True):
+        show(config, figure, device)
+    result = {"machine": machine.versions(device), "commit": git("rev-parse", "HEAD").decode().strip() or None,
+              "command": shlex.join(["python", "bench.py", *arguments]),
+              "settings": settings}
+    if len(configs) == 2:
+        per_token = [[[ms / config.tokens for ms in times] for times in figure["rounds_ms"]]
+                     for config, figure in zip(configs, figures, strict=True)]
+        ratio_of_all, rounds = ratio(*per_token)
+        result["tokens_per_s_ratio"] = {"all": ratio_of_all, "rounds": rounds}
+        print(f"\ntokens/s of the second over the first: {ratio_of_all:.3f} ({min(rounds):.3f} to {max(rounds):.3f} in "
+              f"{ROUNDS} rounds)")
+    with writing(out_dir):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        write_json(out_dir / "results.json", result)
+    print(f"all figures: {out_dir / 'results.json'}")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
-    config = tyro.cli(BenchConfig, args=arguments, description=__doc__, use_underscores=True)
     try:
-        if not config.verify:
-            raise ValueError("nothing to do: --verify is all that bench.py does so far")
-        device = machine.select_device(config.device)
-        print(*(f"{name}: {value}" for name, value in machine.versions(device).items() if value), sep=", ", flush=True)
-        results = verify(device)
-        report(results, device)
-    except ValueError as error:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except (ValueError, SlowPath, CannotWrite) as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_OPTION
+        return getattr(error, "exit_code", BAD_OPTION)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory, try a smaller --batch_size ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
-    return int(any(result.miss for result in results))
 
 
 if __name__ == "__main__":

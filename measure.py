@@ -5,7 +5,7 @@ import os
 import statistics
 import tempfile
 import time
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
@@ -62,3 +62,24 @@ def milliseconds(run, device: torch.device) -> float:
         machine.synchronize(device)
         times += [a.elapsed_time(b) if device.type == "cuda" else 1000 * (b - a) for a, b in pairwise(marks)]
     return statistics.median(times)
+
+
+def step_times(step, steps: int, device: torch.device) -> list[float]:
+    """Of each of so many calls, in ms on the host's clock; the last one's ends when the device is done."""
+    machine.synchronize(device)
+    marks = [time.perf_counter()]
+    for _ in range(steps):
+        step()
+        marks.append(time.perf_counter())
+    machine.synchronize(device)
+    marks[-1] = time.perf_counter()
+    return [1000 * (end - start) for start, end in pairwise(marks)]
+
+
+def ratio(rounds: list[list[float]], other_rounds: list[list[float]]) -> tuple[float, list[float]]:
+    """Median over the other's median: of all values, and in each round."""
+    def of(values, other):
+        return statistics.median(values) / statistics.median(other)
+
+    return of(list(chain(*rounds)), list(chain(*other_rounds))), [
+        of(*pair) for pair in zip(rounds, other_rounds, strict=True)]

@@ -1,6 +1,6 @@
 """
 attention.py: each kernel against a float64 reference, the block mask against the dense mask, and every slow path
-provoked. What all back ends compute is checked by `python bench.py --verify`, whose checks run here too.
+provoked. What all back ends compute is checked by `python verify.py`, whose checks run here too.
 """
 
 import pytest
