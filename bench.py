@@ -241,8 +241,8 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
     print(f"\n{'kind of kernel':<18}{'ms':>9}{'share':>8}{'floor ms':>10}{'ratio':>8}")
     rows = {kind: (figure["kinds"][kind], floor["kinds"].get(kind, 0.0)) for kind in ALL_KINDS}
     for name, (ms, least_ms) in (rows | {"profiled step": (step_ms, sum(floor["kinds"].values()))}).items():
-        ratio = f"{ms / least_ms:8.2f}" if least_ms else ""
-        print(f"{name:<18}{ms:>9.3f}{ms / step_ms:>8.1%}{least_ms:>10.3f}{ratio}")
+        over = f"{ms / least_ms:8.2f}" if least_ms else ""
+        print(f"{name:<18}{ms:>9.3f}{ms / step_ms:>8.1%}{least_ms:>10.3f}{over}")
     print(f"floor: matrix products at {floor['product_flops_per_s'] / 1e12:,.3g} TFLOP/s, bytes read and written at "
           f"{floor['copy_bytes_per_s'] / 1e9:,.4g} GB/s")
     others = [kernel for kernel in figure["kernels"] if kernel["kind"] == "other"]
@@ -266,8 +266,7 @@ def run(arguments: list[str]) -> int:
     for config, figure in zip(configs, figures, strict=True):
         show(config, figure, device)
     result = {"machine": machine.versions(device), "commit": git("rev-parse", "HEAD").decode().strip() or None,
-              "command": shlex.join(["python", "bench.py", *arguments]),
-              "settings": settings}
+              "command": shlex.join(["python", "bench.py", *arguments]), "settings": settings}
     if len(configs) == 2:
         per_token = [[[ms / config.tokens for ms in times] for times in figure["rounds_ms"]]
                      for config, figure in zip(configs, figures, strict=True)]

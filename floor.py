@@ -17,6 +17,8 @@ from attention import choose_window_backend
 from measure import milliseconds
 from model import GPT, GPTConfig
 
+MOST_TOKENS = 65_536  # in a product that is measured; the head's logits of more might not fit
+
 
 def weight_shapes(config: GPTConfig) -> dict[tuple[int, int], int]:
     """(inputs, outputs) of the weights of the matrix products, and how many there are of each."""
@@ -55,13 +57,14 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int) 
 @functools.cache
 def products_ms(tokens: int, n_in: int, n_out: int, device: torch.device, dtype: torch.dtype) -> float:
     """(N, n_in) times a weight, and in backward its gradient times the weight and times the input; each alone."""
+    n = min(tokens, MOST_TOKENS)
     x, d_y, weight = (torch.randn(shape, device=device, dtype=dtype)
-                      for shape in ((tokens, n_in), (tokens, n_out), (n_out, n_in)))
+                      for shape in ((n, n_in), (n, n_out), (n_out, n_in)))
     total = 0.0
     for run in (lambda: x @ weight.T, lambda: d_y @ weight, lambda: d_y.T @ x):
         run()  # `milliseconds` wants it
         total += milliseconds(run, device)
-    return total
+    return total * tokens / n
 
 
 @functools.cache

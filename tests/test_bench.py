@@ -1,0 +1,333 @@
+"""bench.py, kernels.py and floor.py: on made-up names, events and times, and as a command on `tiny`."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from small import call, words
+
+import bench
+import floor
+import kernels
+import measure
+from configs.variants import VARIANTS, variant
+from floor import least_bytes, weight_shapes
+from kernels import ALL_KINDS, breakdown, exclusive, kind_of
+from model import GPT
+
+CPU = torch.device("cpu")
+SMALL = ["--device=cpu", "--vocab_size=512", "--sequence_length=32", "--steps=2"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -----------------------------------------------------------------------------
+# kinds of kernels
+
+
+@pytest.mark.parametrize(("kind", "names"), {
+    "communication": ["ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"],
+    "attention": [
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64_4x1x1_kernel0_0",
+        "void cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16>",
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4, false, cutlass::bfloat16_t>>",
+        "void pytorch_flash::flash_bwd_dot_do_o_kernel<true, Flash_bwd_kernel_traits<64, 128, 128, 8>>",
+        "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention::AttentionKernel)",
+        "triton_tem_fused_flex_attention_12", "triton_tem_fused_flex_attention_backward_cat_mul_3",
+        "triton_per_fused_flex_attention_backward_mul_sum_2",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+    ],
+    "loss": [
+        "triton_red_fused__log_softmax__to_copy_nll_loss_forward_7", "triton_red_fused_logsumexp_3",
+        "triton_red_fused__log_softmax__log_softmax_backward_data__to_copy_mul_nll_loss_backward_11",
+        "void at::native::(anonymous namespace)::cunn_SoftMaxForwardGmem<4, float, float, float>",
+        "aten::_log_softmax", "aten::nll_loss_forward", "cross_entropy_kernel",
+    ],
+    "matrix product": [
+        "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNN", "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64",
+        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_128x256_32x3_nt_align8>",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>", "triton_tem_fused_mm_4",
+        "aten::mm", "aten::addmm", "aten::bmm",
+    ],
+    "optimizer": [
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor<float, NormType(2)>>",
+        "void at::native::lpnorm_cleanup<float, (at::native::NormType)2, float, float>",
+        "aten::_fused_adamw_", "aten::_foreach_norm", "aten::linalg_vector_norm",
+    ],
+    "activation": ["triton_poi_fused_gelu_5", "triton_poi_fused_gelu_backward_9", "triton_poi_fused_mul_pow_tanh_2",
+                   "aten::gelu_backward"],
+    "embedding": ["triton_poi_fused_embedding_dense_backward_3", "triton_red_fused__to_copy_embedding_rms_norm_0",
+                  "aten::index_select"],
+    "norm and rotary": ["triton_red_fused__fused_rms_norm_add_3", "triton_poi_fused__to_copy_cat_mul_sub_4",
+                        "triton_per_fused_add_view_12", "triton_poi_fused_add_1", "aten::rsqrt", "aten::mul"],
+    "other": ["triton_poi_fused__to_copy_4", "Memcpy DtoD (Device -> Device)", "Memset (Device)", "aten::fill_",
+              "a_kernel_of_tomorrow", "triton_poi_fused_address_1"],
+}.items())
+def test_kind_of(kind, names):
+    assert {name: kind_of(name) for name in names} == dict.fromkeys(names, kind)
+
+
+def test_a_moment_counts_once():
+    assert exclusive([]) == {}
+    assert exclusive([("a", 0, 10), ("b", 20, 25), ("a", 30, 31)]) == {"a": 11, "b": 5}
+    assert exclusive([("outer", 0, 10), ("inner", 2, 5), ("innermost", 3, 4)]) == {
+        "outer": 7, "inner": 2, "innermost": 1}
+    assert exclusive([("outer", 0, 10), ("inner", 0, 4)]) == {"outer": 6, "inner": 4}
+    assert exclusive([("first", 0, 10), ("second", 8, 14)]) == {"first": 8, "second": 6}
+
+
+@pytest.mark.parametrize("events", [
+    [("ncclDevKernel", 0, 10), ("gemm", 4, 6)], [("gemm", 4, 6), ("ncclDevKernel", 0, 10)],
+])
+def test_communication_counts_where_nothing_else_runs(events):
+    assert exclusive(events) == {"ncclDevKernel": 8, "gemm": 2}
+    assert exclusive([("gemm", 0, 5), ("ncclDevKernel", 3, 7)]) == {"gemm": 5, "ncclDevKernel": 2}
+
+
+def test_kinds_and_idle_add_up_to_the_step():
+    """Two steps of 10 ms in microseconds: gaps, an overlap, an unknown name."""
+    events = [("nvjet_a", 0, 4000), ("triton_poi_fused_gelu_1", 5000, 6000), ("unheard_of", 5500, 6500),
+              ("nvjet_a", 10_000, 12_000), ("nvjet_b", 12_000, 16_000), ("Memset (Device)", 19_000, 19_100)]
+    result = breakdown(events, wall_ms=20, steps=2)
+    kinds = result["kinds"]
+    assert kinds == pytest.approx(dict.fromkeys(ALL_KINDS, 0) | {
+        "matrix product": 5, "activation": 0.25, "other": 0.55, "idle": 4.2})
+    assert sum(kinds.values()) == pytest.approx(10)
+    assert [(kernel["name"], kernel["kind"], kernel["calls"]) for kernel in result["kernels"]] == [
+        ("nvjet_a", "matrix product", 1), ("nvjet_b", "matrix product", 0.5), ("unheard_of", "other", 0.5),
+        ("triton_poi_fused_gelu_1", "activation", 0.5), ("Memset (Device)", "other", 0.5)]
+    assert sum(kernel["ms"] for kernel in result["kernels"]) == pytest.approx(10 - kinds["idle"])
+
+
+def test_profile_counts_the_steps_it_is_asked_for():
+    calls = []
+
+    def step():
+        calls.append(torch.ones(64, 64) @ torch.ones(64, 64))
+
+    result = kernels.profile(step, 5, CPU)
+    assert len(calls) == 6  # one more, in which the profiler starts
+    assert [kernel["calls"] for kernel in result["kernels"] if kernel["name"] == "aten::mm"] == [1]
+    assert min(result["kinds"].values()) >= 0 and result["kinds"]["matrix product"] > 0
+
+
+# -----------------------------------------------------------------------------
+# the floor
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_products_are_all_weights(name):
+    with torch.device("meta"):
+        n = GPT(variant(name)).num_params()
+    assert sum(n_in * n_out * count for (n_in, n_out), count in weight_shapes(variant(name)).items()) == n
+
+
+def test_least_bytes():
+    """tiny: C = 64, 2 layers, 50,304 ids; 10 tokens in bfloat16, so that one x has 1,280 bytes."""
+    plain, x = variant("tiny"), 1280
+    n_bytes = least_bytes(plain, tokens=10, num_params=1000, itemsize=2)
+    assert n_bytes == {"loss": 2 * 10 * 50_304 * 2, "activation": 2 * (8 + 12) * x,
+                       "norm and rotary": 2 * (4 + 4 + 4 + 4 + 8) * x + 4 * x, "embedding": 10 * 64 * (2 * 2 + 3 * 4),
+                       "optimizer": 32_000, "other": 12_000}
+    assert least_bytes(plain, 10, 1000, 4)["other"] == 0
+    assert least_bytes(plain, 10, 1000, 4)["loss"] == 2 * n_bytes["loss"]
+
+    def more(**flags):
+        return least_bytes(replace(plain, **flags), 10, 1000, 2)["norm and rotary"] - n_bytes["norm and rotary"]
+
+    assert more(qk_norm=True) == 2 * 2 * x
+    assert more(post_norm=True) == 2 * 4 * x
+    assert more(post_norm=True, pre_norm=False) == 0
+
+
+def test_floor_of_made_up_rates(monkeypatch):
+    """Each product takes 1 ms, each attention 10."""
+    gpt = replace(variant("tiny"), n_layer=3, window_size=4, window_pattern="SSL")
+    measured = []
+
+    def milliseconds(run, device):
+        shape = getattr(run(), "shape", None)
+        measured.append(shape)
+        return 1.0 if shape else 10.0
+
+    monkeypatch.setattr(floor, "milliseconds", milliseconds)
+    monkeypatch.setattr(floor, "copy_rate", lambda device: 2e9)
+    floor.products_ms.cache_clear()
+    with torch.device("meta"):
+        model = GPT(replace(gpt, vocab_size=512))
+    result = floor.measure_floor(model, None, 2, 32, CPU, torch.float32)
+    floor.products_ms.cache_clear()
+    assert result["kinds"]["matrix product"] == 3 * (4 * 3 + 1)  # three for each weight: four in a layer, and the head
+    assert measured[:3] == [(64, 192), (64, 64), (192, 64)]
+    assert len(measured) == 15 + 2 and result["kinds"]["attention"] == 3 * 10  # two kinds of layer
+    assert result["kinds"]["loss"] == pytest.approx(1000 * 2 * 64 * 512 * 4 / 2e9)
+    assert result["product_flops_per_s"] == pytest.approx(6 * 64 * model.num_params() / 39e-3)
+
+
+def test_many_tokens_are_measured_as_a_multiple(monkeypatch):
+    monkeypatch.setattr(floor, "MOST_TOKENS", 16)
+    monkeypatch.setattr(floor, "milliseconds", lambda run, device: 1.0 * (max(run().shape) <= 16))
+    assert floor.products_ms(40, 8, 8, CPU, torch.float32) == 3 * 40 / 16
+
+
+# -----------------------------------------------------------------------------
+# times
+
+
+def test_ratio():
+    assert measure.ratio([[4, 4, 9], [6, 6, 6]], [[2, 2, 2], [4, 4, 1]]) == (6 / 2, [2, 1.5])
+
+
+def test_step_times(monkeypatch):
+    """The last step's time has the wait for the device in it."""
+    clock = iter([0, 1, 3, 6, 10])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    assert measure.step_times(lambda: None, 3, CPU) == [1000, 2000, 7000]
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+
+def results(out_dir):
+    return json.loads((out_dir / "results.json").read_text())
+
+
+def test_command(tmp_path, capsys):
+    assert call(bench.main, [*SMALL, "--model=tiny", "--qk_norm", f"--out_dir={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "tiny_qk_norm-vocab_size=512, 2 x 32 tokens, float32" in out and max(map(len, out.splitlines())) <= 120
+    (setting,) = results(tmp_path)["settings"]
+    assert setting["config"]["gpt"]["qk_norm"] and setting["peak_mib"] is setting["mfu"] is None
+    (times,) = setting["rounds_ms"]
+    assert len(times) == 2 and setting["tokens_per_s"] == pytest.approx(64_000 * 2 / sum(times))
+    assert list(setting["kinds"]) == list(ALL_KINDS) and setting["kinds"].keys() - {"idle"} >= set(
+        setting["floor"]["kinds"])
+    for kind in ("attention", "loss", "matrix product", "optimizer", "activation", "embedding", "norm and rotary"):
+        assert setting["kinds"][kind] > 0 and setting["floor"]["kinds"][kind] > 0 and kind in out
+    products = next(kernel for kernel in setting["kernels"] if kernel["name"] == "aten::mm")
+    assert products["calls"] == 3 * (4 * 2 + 1)
+    assert "--qk_norm" in results(tmp_path)["command"] and results(tmp_path)["machine"]["torch"] == torch.__version__
+
+
+def record_builds(monkeypatch):
+    build, order = bench.build, []
+
+    def recorded(config, device):
+        step, held_mib = build(config, device)
+        order.append(f"build {config.batch_size}")
+        return lambda: (order.append(config.batch_size), step()), held_mib
+
+    monkeypatch.setattr(bench, "build", recorded)
+    monkeypatch.setattr(bench, "profile", lambda step, steps, device: {"kinds": dict.fromkeys(ALL_KINDS, 1.0),
+                                                                       "kernels": []})
+    return order
+
+
+def test_compare_runs_in_turn(tmp_path, monkeypatch, capsys):
+    order = record_builds(monkeypatch)
+    options = [*SMALL, "--qk_norm", f"--out_dir={tmp_path}", "--compare", "--batch_size 3 --n_layer 1"]
+    assert call(bench.main, options) == 0
+    assert order == ["build 2", 2, 2, "build 3", 3, 3, *[2, 2, 3, 3] * 3]
+    result = results(tmp_path)
+    a, b = result["settings"]
+    assert a["config"]["gpt"] == b["config"]["gpt"] | {"n_layer": 2} and b["config"]["gpt"]["qk_norm"]
+    assert result["tokens_per_s_ratio"]["all"] == pytest.approx(b["tokens_per_s"] / a["tokens_per_s"])
+    assert len(result["tokens_per_s_ratio"]["rounds"]) == 4
+    assert "tokens/s of the second over the first" in capsys.readouterr().out
+
+
+def test_settings_that_do_not_fit_together_are_built_again(tmp_path, monkeypatch):
+    order, release, there = record_builds(monkeypatch), bench.release, set()
+    build = bench.build
+
+    def one_at_a_time(config, device):
+        if there:
+            raise torch.OutOfMemoryError("made up")
+        there.add(config.batch_size)
+        return build(config, device)
+
+    monkeypatch.setattr(bench, "build", one_at_a_time)
+    monkeypatch.setattr(bench, "release", lambda built: (there.clear(), release(built)))
+    assert call(bench.main, [*SMALL, f"--out_dir={tmp_path}", "--compare=--batch_size 3"]) == 0
+    assert order == ["build 2", 2, 2, "build 3", 3, 3] * 4
+    assert [len(times) for setting in results(tmp_path)["settings"] for times in setting["rounds_ms"]] == [2] * 8
+
+
+def test_out_of_memory(tmp_path, monkeypatch, capsys):
+    def build(config, device):
+        raise torch.OutOfMemoryError("made up\nand more")
+
+    monkeypatch.setattr(bench, "build", build)
+    assert call(bench.main, [*SMALL, f"--out_dir={tmp_path}"]) == 1
+    error = capsys.readouterr().err
+    assert "--batch_size" in error and error.count("\n") == 1
+
+
+def test_verify(monkeypatch):
+    import verify
+
+    monkeypatch.setattr(verify, "run", lambda device: {"cpu": 1}[device])
+    assert call(bench.main, ["--verify", "--device=cpu"]) == 1
+
+
+@pytest.mark.parametrize(("options", "expected"), [
+    (["--model=d13"], "unknown model 'd13', did you mean"),
+    (["--device=tpu"], "device='tpu'"),
+    (["--device=cpu", "--steps=0"], "steps=0 must lie"),
+    (["--device=cpu", "--batch_size=-1"], "batch_size=-1 must lie"),
+    (["--device=cpu", "--n_head=3"], "n_embd=64 is not divisible by n_head=3"),
+    (["--device=cpu", "--window_size=65"], "window_size=65 is more than sequence_length=64"),
+    (["--device=cpu", "--window_size=8", "--window_backend=flex"], "'flex' serves CUDA only"),
+    (["--device=cpu", "--window_backend=blocked"], "has no use"),
+    (["--device=cpu", "--compare", "--window_size 65"], "window_size=65 is more than"),
+    (["--device=cpu", "--compare", "--steps 3"], "steps cannot differ"),
+    (["--device=cpu", "--compare", "--compare=--qk_norm"], "compare cannot differ"),
+    (["--device=cpu", "--compare", "--model 'd12"], "No closing quotation"),
+    (["--device=cpu", "--verify", "--steps=3"], "--verify takes no other option"),
+])
+def test_bad_options(options, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(bench.main, options) == 2
+    error = capsys.readouterr().err
+    assert expected in words(error) and (error.count("\n") == 1 or "Value error" in error)  # tyro's own is a frame
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert call(bench.main, [*SMALL, f"--out_dir={tmp_path / 'file'}"]) == 5
+    assert "is not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [["--model=d12_qk_norm"], ["--model=d12_window256"]])
+def test_gpu_command(options, tmp_path, capsys, fresh_compiler):
+    """Compiled: the kinds that a model must have are found by name, and what has none is little."""
+    assert call(bench.main, ["--device=cuda", "--batch_size=8", f"--out_dir={tmp_path}", *options]) == 0
+    print(capsys.readouterr().out)
+    (setting,) = results(tmp_path)["settings"]
+    kinds, step_ms = setting["kinds"], sum(setting["kinds"].values())
+    for kind in ("attention", "loss", "matrix product", "optimizer", "activation", "embedding", "norm and rotary"):
+        assert kinds[kind] > 0, kind
+    assert kinds["other"] < 0.1 * step_ms and -0.01 * step_ms < kinds["idle"] < 0.3 * step_ms
+    assert kinds["matrix product"] == pytest.approx(setting["floor"]["kinds"]["matrix product"], rel=0.2)
+    assert kinds["attention"] == pytest.approx(setting["floor"]["kinds"]["attention"], rel=0.2)
+    assert setting["step_ms"] == pytest.approx(step_ms, rel=0.1) and setting["peak_mib"] > 1000
+
+
+@pytest.mark.gpu
+def test_gpu_compare_of_a_setting_with_itself(tmp_path, fresh_compiler):
+    assert call(bench.main, ["--device=cuda", "--batch_size=8", f"--out_dir={tmp_path}", "--compare=--n_layer 12"]) == 0
+    result = results(tmp_path)
+    assert result["tokens_per_s_ratio"]["all"] == pytest.approx(1, abs=0.05)
+    a, b = (setting["peak_mib"] for setting in result["settings"])
+    assert a == pytest.approx(b, rel=0.03)
