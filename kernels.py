@@ -3,7 +3,7 @@ Where a step's time goes: kernels by kind.
 
 The kinds' times and idle add up to the steps that torch's profiler saw. Inductor's fused kernels have all their
 operators in their names and count for the first kind of which there is one. "other" is casts, copies and unknown names.
-On a CPU the kernels are torch's operators, and Python's own time counts as idle.
+On a CPU the kernels are torch's operators, what is compiled there counts as other, and Python's own time as idle.
 """
 
 import heapq
@@ -28,7 +28,7 @@ KINDS = {
     "optimizer": r"multi_tensor_apply|adam|foreach|lpnorm|vector_norm|norm(one|two)ops|optimizer",
     "activation": r"gelu|tanh",
     "embedding": r"embedding|index_select",
-    "norm and rotary": r"rms_?norm|rsqrt|(triton|cpp)_.*_(add|cat|mean|mul|neg|pow|sub)(_|$)|"
+    "norm and rotary": r"rms_?norm|rsqrt|triton_.*_(add|cat|mean|mul|neg|pow|sub)(_|$)|"
                        r"aten::(add|cat|mean|mul|neg|pow|sub)$",
 }
 ALL_KINDS = (*KINDS, "other", "idle")
