@@ -11,7 +11,7 @@ Shapes: B batch, T tokens in a sequence, H heads, D head_dim, W window_size.
 import functools
 import re
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,8 @@ def compile_static(function, **options):
     seen = set()
 
     def call(*arguments):
-        key = (torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu"),
-               *map(signature, arguments))
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(autocast_dtype, ("cuda", "cpu"))
+        key = (modes, *map(signature, arguments))
         try:
             with torch.compiler.set_stance("fail_on_recompile" if key in seen else "default"):
                 result = compiled(*arguments)
@@ -65,11 +65,23 @@ def compile_static(function, **options):
     return call
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """None where autocast is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
 def signature(argument):
     """What a compiled form of a function depends on, of one argument."""
     if isinstance(argument, torch.Tensor):
         return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad
     return argument if isinstance(argument, int | None) else type(argument)
+
+
+# what torch's profiler shows of each, as machine.attention_kernels names it
+KERNEL_NAMES = {
+    "flex": "flex_attention", "flash": "FlashAttention", SDPBackend.CUDNN_ATTENTION: "cuDNN",
+    SDPBackend.FLASH_ATTENTION: "FlashAttention", SDPBackend.EFFICIENT_ATTENTION: "memory-efficient SDPA",
+}
 
 
 # -----------------------------------------------------------------------------
@@ -84,18 +96,28 @@ def sdpa_choice(T: int, head_dim: int, device: torch.device, dtype: torch.dtype,
     """
     if device.type != "cuda" or torch.version.cuda is None:  # on AMD torch has its own
         return None
-    major, _ = torch.cuda.get_device_capability(device)
-    if dtype in (torch.bfloat16, torch.float16) and not masked:
-        if major >= 9 and head_dim <= 128 and head_dim % 8 == 0 and T > 1:
-            return SDPBackend.CUDNN_ATTENTION
-        if major >= 8 and head_dim <= 256:
-            return SDPBackend.FLASH_ATTENTION
-    return SDPBackend.MATH if dtype == torch.float64 else SDPBackend.EFFICIENT_ATTENTION
+    (major, _), in_16_bits = torch.cuda.get_device_capability(device), dtype in (torch.bfloat16, torch.float16)
+    if dtype == torch.float64:
+        return SDPBackend.MATH
+    if in_16_bits and not masked and major >= 9 and head_dim <= 128 and head_dim % 8 == 0 and T > 1:
+        return SDPBackend.CUDNN_ATTENTION
+    if in_16_bits and not masked and major >= 8 and head_dim <= 256:  # torch pads other heads to a multiple of 8
+        return SDPBackend.FLASH_ATTENTION
+    if head_dim % (8 if in_16_bits else 4):
+        raise ValueError(f"heads of {head_dim} have no such kernel in {str(dtype).removeprefix('torch.')} on CUDA: "
+                         "n_embd / n_head must be a multiple of 8, in float32 of 4")
+    return SDPBackend.EFFICIENT_ATTENTION
 
 
+@contextmanager
 def use_sdpa(choice: SDPBackend | None):
     """Context in which scaled_dot_product_attention takes this kernel or raises; None leaves the choice to torch."""
-    return nullcontext() if choice is None else sdpa_kernel(choice)
+    if choice is None:
+        yield
+        return
+    # torch's cache of compiled graphs does not look at the choice: with the tag each has its own
+    with sdpa_kernel(choice), torch.compiler.config.patch(cache_key_tag=choice.name):
+        yield
 
 
 def causal_attention(q, k, v):
@@ -113,8 +135,8 @@ def choose_window_backend(name: str | None, head_dim: int, device: torch.device,
     cannot = None
     if backend != "blocked" and device.type != "cuda":
         cannot = f"serves CUDA only, not {device.type}: use 'blocked'"
-    elif backend == "flex" and head_dim < 16:
-        cannot = f"has no kernel for heads of {head_dim}, only from 16 on: use 'blocked'"
+    elif backend == "flex" and not 16 <= head_dim <= 256:
+        cannot = f"has no kernel for heads of {head_dim}, only from 16 to 256: use 'blocked'"
     elif backend == "flash" and dtype not in (torch.bfloat16, torch.float16):
         cannot = f"computes in 16 bits, not {str(dtype).removeprefix('torch.')}: use 'flex' or 'blocked'"
     elif backend == "flash" and (head_dim % 8 or head_dim > 256):
@@ -123,6 +145,8 @@ def choose_window_backend(name: str | None, head_dim: int, device: torch.device,
         cannot = "needs an Ampere GPU or newer: use 'blocked'"
     if cannot:
         raise ValueError(f"window_backend={backend!r} {cannot}")
+    if backend == "blocked":
+        sdpa_choice(2, head_dim, device, dtype, masked=True)  # raises for heads that it cannot serve
     return backend
 
 
@@ -153,16 +177,19 @@ def compiled_flex():
     return compile_static(flex)
 
 
+@functools.cache
 def flex_options(head_dim: int, device: torch.device, dtype: torch.dtype) -> dict:
     """
-    Tiles that measured best on an H100 with heads of 64 over windows of 128 to 1024: 1.1 to 1.25 times as fast as
-    torch's (docs/experiments.md). Elsewhere torch's own. BLOCKS_ARE_CONTIGUOUS would be wrong for windows.
+    On Hopper with heads up to 64 in 16 bits: tiles that measured best on an H100 with heads of 64 and windows of 128 to
+    1,024. Elsewhere torch's own. Always the kernel for training: the one for decoding, which torch takes below 128
+    tokens, would write out of bounds with these tiles. BLOCKS_ARE_CONTIGUOUS would be wrong for windows.
     """
-    if torch.cuda.get_device_capability(device) != (9, 0) or head_dim > 64 or dtype == torch.float32:
-        return {}
-    return {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 2,
-            "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32,
-            "bwd_num_warps": 4, "bwd_num_stages": 3}
+    options = {"BACKEND": "TRITON"}
+    if torch.cuda.get_device_capability(device) == (9, 0) and head_dim <= 64 and dtype != torch.float32:
+        options |= {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 2,
+                    "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32,
+                    "bwd_num_warps": 4, "bwd_num_stages": 3}
+    return options
 
 
 @functools.lru_cache(maxsize=32)
@@ -198,6 +225,7 @@ def window_block_mask(T: int, W: int, device: torch.device) -> BlockMask:
 
 def block_mask_cost(T: int, W: int, device: torch.device) -> str:
     """Builds the block mask and says in one line what it costs: memory that it keeps in MiB, time in ms."""
+    torch.cuda.synchronize(device)
     before, clock = torch.cuda.memory_allocated(device), time.perf_counter()
     window_block_mask(T, W, device)
     torch.cuda.synchronize(device)

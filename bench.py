@@ -27,7 +27,7 @@ import torch
 import tyro
 
 import machine
-from attention import SlowPath, choose_window_backend, compiled_flex
+from attention import SlowPath, compiled_flex
 from configs.recipes import TrainConfig
 from configs.variants import model_name, variant
 from files import write_json
@@ -85,13 +85,12 @@ class BenchConfig:
 
     def check(self, device: torch.device):
         """ValueError where the window is too long or its kernel cannot serve on the device."""
-        with torch.device("meta"):
-            GPT(self.gpt, self.window_backend)  # raises for a back end that is unknown or has no use
-        W, T, dtype = self.gpt.window_size, self.sequence_length, machine.matmul_dtype(device, self.dtype)
+        W, T = self.gpt.window_size, self.sequence_length
         if W is not None and W > T:
             raise ValueError(f"window_size={W} is more than sequence_length={T}")
-        if W is not None:
-            choose_window_backend(self.window_backend, self.gpt.head_dim, device, dtype)
+        with torch.device("meta"):
+            model = GPT(self.gpt, self.window_backend)  # raises for a back end that is unknown or has no use
+        model.kernels(T, device, machine.matmul_dtype(device, self.dtype))
 
 
 @dataclass(frozen=True)

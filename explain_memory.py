@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import machine
-from attention import compile_static, compiled_flex, flex, sdpa_choice, use_sdpa, window_block_mask, window_tables
+from attention import compiled_flex, flex_window_attention, sdpa_choice, use_sdpa, window_block_mask, window_tables
 from configs.variants import variant
 from measure import allocations
 from memory import MIB
@@ -81,7 +81,7 @@ def flex_intermediates() -> list[Row]:
     tables = window_tables("flex", B, T, W, D, q.device, q.dtype)
 
     def windowed(q, k, v):
-        return compiled_flex()(q, k, v, W, *tables.values())
+        return flex_window_attention(q, k, v, W, **tables)
 
     def full(q, k, v):
         with use_sdpa(sdpa_choice(T, D, q.device, q.dtype)):
@@ -100,11 +100,11 @@ def flex_intermediates() -> list[Row]:
 def compiled_kernels() -> list[Row]:
     """What loaded kernels take on the device is not torch's: the change of free memory, less what torch reserved."""
     q, k, v, d_out = inputs()
-    compiled = compile_static(flex)
+    compiled_flex.cache_clear()
     tables = window_tables("flex", B, T, W, D, q.device, q.dtype)
     torch.cuda.synchronize()
     free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
-    _, kept = extra_mib(lambda: forward_backward(lambda q, k, v: compiled(q, k, v, W, *tables.values()), q, k, v,
+    _, kept = extra_mib(lambda: forward_backward(lambda q, k, v: flex_window_attention(q, k, v, W, **tables), q, k, v,
                                                  d_out)[:0])
     outside = (free - torch.cuda.mem_get_info()[0]) - (torch.cuda.memory_reserved() - reserved)
     return [Row("compiled kernels, in torch's memory", "100 to 200", kept, f"B={B} T={T} W={W}"),
@@ -201,8 +201,13 @@ PARTS = (block_mask_metadata, compiled_kernels, flex_intermediates, rotary_cache
 
 def main() -> int:
     """Returns the exit code."""
-    if not torch.cuda.is_available():
-        print("error: explain_memory.py measures a CUDA GPU, and torch sees none", file=sys.stderr)
+    if sys.argv[1:]:
+        print(__doc__.strip())
+        return 0 if sys.argv[1:] in (["--help"], ["-h"]) else BAD_OPTION
+    try:
+        machine.select_device("cuda")
+    except ValueError as error:
+        print(f"error: explain_memory.py measures a CUDA GPU: {error}", file=sys.stderr)
         return BAD_OPTION
     warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
     versions = machine.versions(torch.device("cuda", 0))

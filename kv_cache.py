@@ -121,7 +121,8 @@ class Recompute:
 
     def __init__(self, model: GPT):
         self.model, self.device = model, model.lm_head.weight.device
-        model.window_backend = "blocked"  # flex would be compiled for every length
+        if model.windowed_attentions():
+            model.window_backend = "blocked"  # flex would be compiled for every length
         self.idx = None
 
     def clear(self):

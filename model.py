@@ -247,16 +247,28 @@ class GPT(nn.Module):
         on = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if on else self.lm_head.weight.dtype
 
+    def kernels(self, T: int, device: torch.device, dtype: torch.dtype):
+        """
+        (Back end of the windows, kernel of scaled_dot_product_attention) at sequence length T, None for one that has no
+        use or is torch's choice. ValueError, in one line, where none serves.
+        """
+        n_windowed, head_dim = len(self.windowed_attentions()), self.config.head_dim
+        backend = choose_window_backend(self.window_backend, head_dim, device, dtype) if n_windowed else None
+        if backend != "blocked" and n_windowed == self.config.n_layer:
+            return backend, None
+        return backend, sdpa_choice(T, head_dim, device, dtype, masked=backend == "blocked")
+
     def forward(self, idx, targets=None):
         """
         idx, targets: (B, T) int64. Without targets returns (logits (B, T, V), None); with targets (None, loss), the
         mean cross-entropy in nats over the targets that are not -1.
         """
-        (B, T), D, device, dtype = idx.shape, self.config.head_dim, idx.device, self.compute_dtype(idx.device)
+        (B, T), device, dtype = idx.shape, idx.device, self.compute_dtype(idx.device)
+        backend, sdpa = self.kernels(T, device, dtype)
         for attention in self.windowed_attentions():
-            attention.prepare(self.window_backend, B, T, device, dtype)
-        with use_sdpa(sdpa_choice(T, D, device, dtype, masked=self.window_backend == "blocked")):
-            return self.run(idx, targets, *rotary_tables(T, D, device))
+            attention.prepare(backend, B, T, device, dtype)
+        with use_sdpa(sdpa):
+            return self.run(idx, targets, *rotary_tables(T, self.config.head_dim, device))
 
     def run(self, idx, targets, cos, sin, caches=None):
         """`forward` with its tables, (T, D / 2) each; caches: one LayerCache (kv_cache.py) per layer, or None."""

@@ -3,7 +3,8 @@ Text from a trained run.
 
     python sample.py --run d12_post_norm_qk_norm --prompt "To be, or not to be"
 
-Exit codes: 0 done, 2 bad option or no such run, 4 checkpoints present but none valid, 7 no tokenizer, 130 Ctrl-C.
+Exit codes: 0 done, 1 out of memory or a bug, 2 bad option or no such run, 4 checkpoints present but none valid,
+7 no tokenizer, 130 Ctrl-C.
 """
 
 import codecs
@@ -17,6 +18,7 @@ import tyro
 
 import checkpoint
 import machine
+from attention import SlowPath
 from data.tokenizer import EOT, gpt2
 from kv_cache import KVCache, Recompute
 from rundir import BAD_OPTION, INTERRUPTED, BadOption, NoValidCheckpoint
@@ -63,6 +65,8 @@ class SampleConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must lie between {least} and 2^40")
         if self.temperature != 0 and not 1e-3 <= self.temperature <= 1e3:
             raise ValueError(f"temperature={self.temperature} must be 0 or lie between 0.001 and 1000")
+        if self.recompute and self.compile == "on":
+            raise ValueError("compile=on has no use with recompute: every length would be compiled anew")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be more than 0 and at most 1")
 
@@ -119,7 +123,7 @@ def sample(config: SampleConfig):
         print(f"--- {newest}, seed {config.seed}, sample {i + 1} of {config.n_samples}")
         print(config.prompt, end="", flush=True)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character can span several tokens
-        times = []  # of each token's end
+        times = []  # when each token came
         for token in generate(cache, tokens, tokenizer.n_vocab, config, 1_000_003 * config.seed + i):
             times.append(time.perf_counter())
             print(decoder.decode(tokenizer.decode_single_token_bytes(token)), end="", flush=True)
@@ -134,9 +138,14 @@ def main(arguments: list[str] | None = None) -> int:
     config = tyro.cli(SampleConfig, args=arguments, description=__doc__, use_underscores=True)
     try:
         sample(config)
-    except (ValueError, OSError, NoValidCheckpoint) as error:
+    except (ValueError, OSError, NoValidCheckpoint, SlowPath) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", BAD_OPTION)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+            raise
+        print(f"error: out of memory: fewer --max_new_tokens? ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

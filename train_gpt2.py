@@ -15,6 +15,7 @@ empty or invalid data, 75 stopped by a signal and resumable, 130 second Ctrl-C.
 import math
 import os
 import shlex
+import statistics
 import sys
 import time
 import traceback
@@ -32,7 +33,7 @@ import checkpoint
 import data.shakespeare
 import machine
 import rundir
-from attention import block_mask_cost, choose_window_backend
+from attention import KERNEL_NAMES, SlowPath, block_mask_cost
 from configs.recipes import TrainConfig, recipe, result_settings, run_name
 from configs.variants import VARIANTS, model_name, variant
 from data.loader import Windows, micro_batch, train_order, val_batches
@@ -87,9 +88,7 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
     T, window_size = config.sequence_length, gpt_config.window_size
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
-    if window_size is not None:  # raises if the kernel cannot serve here
-        choose_window_backend(config.window_backend, gpt_config.head_dim, device,
-                              machine.matmul_dtype(device, config.dtype))
+    model.kernels(T, device, machine.matmul_dtype(device, config.dtype))  # raises if none can serve here
 
     if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
         raise ValueError(f"{RANK=} and {WORLD_SIZE=} in the environment are not torchrun's: unset them")
@@ -264,15 +263,20 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
            + (f" (val_tokens={config.val_tokens:,} is more than there are)" if config.val_tokens > n_val_total else ""))
 
     # --- one rehearsal, thrown away: it compiles, and shows which attention kernels really run ---
+    kernels = set(model.kernels(T, device, dtype)) & KERNEL_NAMES.keys()
+
     def rehearse():
         forward_backward(inputs, targets, synchronize=False)
         model.zero_grad(set_to_none=True)
 
     if device.type == "cuda":
-        if gpt_config.window_size is not None and config.window_backend in (None, "flex"):
+        if "flex" in kernels:
             print0(block_mask_cost(T, gpt_config.window_size, device))
         rehearse()
-    print0("attention kernels:", machine.attention_kernels(rehearse, device))
+    found = machine.attention_kernels(rehearse, device)
+    print0("attention kernels:", found)
+    if kernels and found != (meant := ", ".join(sorted({KERNEL_NAMES[k] for k in kernels}))):
+        raise SlowPath(f"attention ran in {found}, not in {meant}")
     machine.reset_peak(device)
 
     # --- the loop ---
@@ -282,7 +286,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     if config.wandb and RANK == 0:
         run.mirror = rundir.WandbMirror(project="gpt2-variants", name=run.path.name, dir=run.path, config=described)
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=RANK != 0)
-    clock = time.perf_counter()
+    clock, times = time.perf_counter(), []  # s, of each step
     for step in range(start + 1, last_step + 1):
         # --- forward and backward ---
         report = torch.zeros(2, device=device)  # loss, processes that got a signal
@@ -304,6 +308,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step_s = time.perf_counter() - clock
+        times.append(step_s)
         clock, time_s = clock + step_s, time_s + step_s  # what a GPU still has to do counts for the next step
 
         # --- log, with an evaluation if it is due ---
@@ -334,6 +339,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             machine.synchronize(device)
             clock = time.perf_counter()
     bar.close()
+    step_s = statistics.median(times)
+    print0(f"median of {len(times)} steps: {1000 * step_s:.1f} ms, {config.total_batch_tokens / step_s:,.0f} tokens/s")
     if step == config.max_steps:
         return "finished", rundir.DONE
     if stopping:

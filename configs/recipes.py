@@ -79,7 +79,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     window_backend: str | None = None
-    """kernel of the sliding window: flex or blocked; None: flex on CUDA, blocked elsewhere"""
+    """kernel of the sliding window: flex, flash or blocked (attention.py); None: flex on CUDA, blocked elsewhere"""
     wandb: bool = False
     """mirror the metrics to Weights & Biases (pip install wandb); offline without a key"""
 

@@ -3,9 +3,12 @@ attention.py: each kernel against a float64 reference, the block mask against th
 provoked. What all back ends compute is checked by `python verify.py`, whose checks run here too.
 """
 
+import shutil
+
 import pytest
 import torch
 from reference import attention
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -221,6 +224,7 @@ def test_default_back_ends(monkeypatch):
     ((9, 0), 192, torch.bfloat16, 1024, False, "FLASH_ATTENTION"),
     ((9, 0), 36, torch.bfloat16, 1024, False, "FLASH_ATTENTION"),
     ((9, 0), 64, torch.bfloat16, 1024, True, "EFFICIENT_ATTENTION"),
+    ((9, 0), 36, torch.float32, 1024, False, "EFFICIENT_ATTENTION"),
     ((9, 0), 64, torch.float32, 1024, False, "EFFICIENT_ATTENTION"),
     ((9, 0), 64, torch.float64, 1024, False, "MATH"),
     ((8, 0), 64, torch.bfloat16, 1024, False, "FLASH_ATTENTION"),
@@ -234,10 +238,38 @@ def test_kernel_of_full_attention(capability, head_dim, dtype, T, masked, expect
     assert sdpa_choice(T, head_dim, torch.device("cpu"), dtype, masked) is None
 
 
+@pytest.mark.parametrize(("head_dim", "dtype", "masked"), [
+    (34, torch.float32, False), (36, torch.bfloat16, True), (260, torch.bfloat16, False)])
+def test_heads_without_a_kernel_are_refused_in_one_line(head_dim, dtype, masked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ValueError, match=rf"^heads of {head_dim} have no such kernel[^\n]*$"):
+        sdpa_choice(1024, head_dim, torch.device("cuda"), dtype, masked)
+    if masked:
+        with pytest.raises(ValueError, match=f"heads of {head_dim}"):
+            choose_window_backend("blocked", head_dim, torch.device("cuda"), dtype)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler and there is no g++")
+def test_a_cached_graph_does_not_bring_back_another_kernel(fresh_compiler, tmp_path, monkeypatch):
+    """Torch keeps compiled graphs on disk, by a key that does not know which kernel was asked for."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    cpu, names = torch.device("cpu"), {}
+    for choice in SDPBackend.FLASH_ATTENTION, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION:
+        torch._dynamo.reset()
+        q, k, v = (torch.randn(1, 2, 64, 16, requires_grad=True) for _ in range(3))
+        with use_sdpa(choice):
+            compiled = compile_static(causal_attention)
+            compiled(q, k, v).sum().backward()
+            found = machine.attention_kernels(lambda q=q, k=k, v=v, f=compiled: f(q, k, v), cpu)
+        assert names.setdefault(choice, found) == found
+    assert names[SDPBackend.FLASH_ATTENTION] == "fused SDPA for CPU" != names[SDPBackend.MATH]
+
+
 def test_a_kernel_that_cannot_serve_raises():
     """On a CPU only two kernels exist: the context leaves none, so that nothing else can be taken in silence."""
     q = torch.randn(1, 2, 16, 8)
-    with use_sdpa(torch.nn.attention.SDPBackend.CUDNN_ATTENTION), pytest.raises(RuntimeError, match="kernel"):
+    with use_sdpa(SDPBackend.CUDNN_ATTENTION), pytest.raises(RuntimeError, match="kernel"):
         causal_attention(q, q, q)
 
 

@@ -189,6 +189,16 @@ def test_recomputing_gives_the_same_text_and_both_say_how_fast(ask):
     assert re.fullmatch(r"[\d,]+ tokens/s\n", err) and re.fullmatch(r"[\d,]+ tokens/s\n", slow_err)
 
 
+def test_a_slow_path_and_a_cache_that_does_not_fit_are_one_line(ask):
+    with torch._dynamo.config.patch(disable=True):
+        code, _, err = ask(compile="on")
+    assert code == 2 and "would run uncompiled" in err and "Traceback" not in err
+    code, _, err = ask(max_new_tokens=10**12)
+    assert code == 1 and "out of memory" in err and err.count("\n") == 1
+    code, _, err = ask(recompute=True, compile="on")
+    assert code == 2 and "recompute" in err
+
+
 def test_characters_of_several_tokens_are_printed_whole(ask, monkeypatch):
     text = "naïve 漢字!"
     tokens = gpt2().encode_ordinary(text)

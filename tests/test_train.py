@@ -846,6 +846,13 @@ def test_a_compiler_that_is_switched_off_stops_the_run(runs, capfd):
     assert status(runs.path)["code"] == 2
 
 
+def test_another_attention_kernel_than_the_one_meant_stops_a_run_on_a_gpu(runs, capfd, monkeypatch):
+    """Made up on the CPU: what the profiler saw is not what attention.py chose."""
+    monkeypatch.setattr(train_gpt2, "KERNEL_NAMES", {"blocked": "flex_attention"})
+    assert runs(model="tiny_post_norm_qk_norm_window32") == 2
+    assert "error: attention ran in fused SDPA for CPU, not in flex_attention" in capfd.readouterr().err
+
+
 # -----------------------------------------------------------------------------
 # on a GPU
 
