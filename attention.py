@@ -9,8 +9,6 @@ Shapes: B batch, T tokens in a sequence, H heads, D head_dim, W window_size.
 """
 
 import functools
-import re
-import time
 from contextlib import contextmanager
 
 import torch
@@ -19,63 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-
-class SlowPath(RuntimeError):
-    """A fused or compiled form was asked for, and torch would have run another one."""
-
-    exit_code = 2
-
-
-def compile_static(function, **options):
-    """
-    torch.compile with static shapes into one graph. A call is compiled once for its shapes, dtypes, grad mode and
-    autocast; where torch would compile it again for the same ones, or run it uncompiled, it raises SlowPath.
-    """
-
-    name = function.__qualname__
-
-    @functools.wraps(function)
-    def fused(*arguments):
-        if not torch.compiler.is_compiling():
-            raise SlowPath(f"{name} would run uncompiled: is torch.compile off (TORCH_COMPILE_DISABLE)?")
-        return function(*arguments)
-
-    fused.__code__ = fused.__code__.replace(co_name=name)  # torch counts compilations per code object
-    compiled = torch.compile(fused, dynamic=False, fullgraph=True, **options)
-    seen = set()
-
-    def call(*arguments):
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(autocast_dtype, ("cuda", "cpu"))
-        key = (modes, *map(signature, arguments))
-        try:
-            with torch.compiler.set_stance("fail_on_recompile" if key in seen else "default"):
-                result = compiled(*arguments)
-        except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-            raise SlowPath(f"{name} has been compiled for {torch._dynamo.config.recompile_limit} shapes, torch's limit "
-                           "(torch._dynamo.config.recompile_limit)") from error
-        except RuntimeError as error:
-            if "fail_on_recompile" not in str(error):
-                raise
-            guards = re.findall(r"- \d+/\d+: (.*?)(?:  |$)", str(error), re.MULTILINE)
-            raise SlowPath(f"{name} would be compiled again for shapes that it has been compiled for: "
-                           f"{'; '.join(guards) or 'its compiled form is gone'}") from error
-        seen.add(key)
-        return result
-
-    return call
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """None where autocast is off."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-
-
-def signature(argument):
-    """What a compiled form of a function depends on, of one argument."""
-    if isinstance(argument, torch.Tensor):
-        return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad
-    return argument if isinstance(argument, int | None) else type(argument)
-
+from compiling import compile_static
 
 # what torch's profiler shows of each, as machine.attention_kernels names it
 KERNEL_NAMES = {
@@ -200,7 +142,7 @@ def window_block_mask(T: int, W: int, device: torch.device) -> BlockMask:
     """
     size = 128
     n = -(-T // size)
-    index = torch.arange(n, device=device)
+    index = torch.arange(n)  # on the host: on a GPU the kernels that would be loaded for this take longer than it does
     # between the blocks i of queries and j of keys, i - j = distance: some pair is visible if distance * size -
     # (size - 1) < W, and every pair if distance > 0 and distance * size + (size - 1) < W
     full = list(range(1, min(W // size, n)))
@@ -209,10 +151,10 @@ def window_block_mask(T: int, W: int, device: torch.device) -> BlockMask:
 
     def blocks(distances, direction):
         """How many blocks there are at these distances (1, 1, n), and which (1, 1, n, width); the nearest first."""
-        distances = torch.tensor(distances + [n] * (width - len(distances)), device=device)
-        other = index[:, None] + direction * distances  # (n, width)
+        other = index[:, None] + direction * torch.tensor(distances + [n] * (width - len(distances)))  # (n, width)
         inside = (other >= 0) & (other < n)
-        return inside.sum(dim=1).int()[None, None], other.clamp(0, n - 1).int()[None, None]
+        counts, indices = inside.sum(dim=1).int(), other.clamp(0, n - 1).int()
+        return counts[None, None].to(device), indices[None, None].to(device)
 
     def visible(b, h, q_idx, kv_idx):
         return (q_idx >= kv_idx) & (q_idx - kv_idx < W)
@@ -221,16 +163,6 @@ def window_block_mask(T: int, W: int, device: torch.device) -> BlockMask:
         (*blocks(partial, direction), *(blocks(full, direction) if full else (None, None))) for direction in (-1, 1)
     )
     return BlockMask((T, T), *keys_of_queries, *queries_of_keys, BLOCK_SIZE=(size, size), mask_mod=visible)
-
-
-def block_mask_cost(T: int, W: int, device: torch.device) -> str:
-    """Builds the block mask and says in one line what it costs: memory that it keeps in MiB, time in ms."""
-    torch.cuda.synchronize(device)
-    before, clock = torch.cuda.memory_allocated(device), time.perf_counter()
-    window_block_mask(T, W, device)
-    torch.cuda.synchronize(device)
-    kept_mib = (torch.cuda.memory_allocated(device) - before) / 2**20
-    return f"block mask T={T} W={W}: +{kept_mib:.2f} MiB, {(time.perf_counter() - clock) * 1000:.0f} ms"
 
 
 # --- flash: FlashAttention as built into torch, or as activated there by the user ---

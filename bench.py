@@ -27,7 +27,8 @@ import torch
 import tyro
 
 import machine
-from attention import SlowPath, compiled_flex
+from attention import compiled_flex
+from compiling import SlowPath
 from configs.recipes import TrainConfig
 from configs.variants import model_name, variant
 from files import write_json

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import machine
 from attention import compiled_flex, flex_window_attention, sdpa_choice, use_sdpa, window_block_mask, window_tables
 from configs.variants import variant
-from measure import allocations
+from measure import allocations, block_mask_cost
 from memory import MIB
 from model import GPT, rotary_tables
 from rundir import BAD_OPTION
@@ -69,8 +69,7 @@ def visible(b, h, q_idx, kv_idx):
 def block_mask_metadata() -> list[Row]:
     rows = []
     for length in (1024, 16384, 65536):
-        window_block_mask.cache_clear()
-        peak, kept = extra_mib(lambda length=length: window_block_mask(length, W, torch.device("cuda")))
+        kept, peak, _ = block_mask_cost(length, W, torch.device("cuda"))
         rows.append(Row("block mask, kept", "50 to 200", kept, f"T={length} W={W}"))
         rows.append(Row("block mask, while it is built", "", peak, f"T={length} W={W}"))
     return rows

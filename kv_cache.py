@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from attention import compile_static
+from compiling import compile_static
 from model import GPT, rotary_angles
 
 CHUNK_TOKENS = 256  # of a prompt at a time: what bounds the memory of the scores

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 import machine
+from attention import window_block_mask
+from memory import MIB
 
 
 def allocations(run, device: torch.device):
@@ -83,3 +85,12 @@ def ratio(rounds: list[list[float]], other_rounds: list[list[float]]) -> tuple[f
 
     return of(list(chain(*rounds)), list(chain(*other_rounds))), [
         of(*pair) for pair in zip(rounds, other_rounds, strict=True)]
+
+
+def block_mask_cost(T: int, W: int, device: torch.device) -> tuple[float, float, float]:
+    """Of flex's block mask, built anew: (MiB that it keeps, MiB at most while it is built, ms)."""
+    window_block_mask.cache_clear()
+    machine.synchronize(device)
+    clock = time.perf_counter()
+    _, kept, peak = allocations(lambda: window_block_mask(T, W, device), device)
+    return kept / MIB, peak / MIB, 1000 * (time.perf_counter() - clock)

@@ -18,15 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import (
-    WINDOW_ATTENTION,
-    causal_attention,
-    choose_window_backend,
-    compile_static,
-    sdpa_choice,
-    use_sdpa,
-    window_tables,
-)
+from attention import WINDOW_ATTENTION, causal_attention, choose_window_backend, sdpa_choice, use_sdpa, window_tables
+from compiling import compile_static
 
 # -----------------------------------------------------------------------------
 # configuration

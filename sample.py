@@ -18,7 +18,7 @@ import tyro
 
 import checkpoint
 import machine
-from attention import SlowPath
+from compiling import SlowPath
 from data.tokenizer import EOT, gpt2
 from kv_cache import KVCache, Recompute
 from rundir import BAD_OPTION, INTERRUPTED, BadOption, NoValidCheckpoint

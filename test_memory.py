@@ -49,19 +49,11 @@ from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
 import machine
-from attention import (
-    WINDOW_ATTENTION,
-    SlowPath,
-    choose_window_backend,
-    compile_static,
-    compiled_flex,
-    sdpa_choice,
-    use_sdpa,
-    window_block_mask,
-)
+from attention import WINDOW_ATTENTION, choose_window_backend, compiled_flex, sdpa_choice, use_sdpa
+from compiling import SlowPath, compile_static
 from configs.variants import variant
 from files import write_json
-from measure import allocations, milliseconds
+from measure import allocations, block_mask_cost, milliseconds
 from memory import MIB, Shape, attention_need, block_mask_bytes, block_need, model_need
 from model import GPT, Block, GPTConfig, rotary_tables
 from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, writing
@@ -236,16 +228,6 @@ def build(point: Point, device: torch.device, dtype: torch.dtype):
     return forward, inputs, d_out
 
 
-def block_mask_cost(T: int, W: int, device: torch.device) -> dict[str, float]:
-    """Of building it when the kernels that do are loaded."""
-    window_block_mask(T, W, device)
-    window_block_mask.cache_clear()
-    clock = time.perf_counter()
-    _, kept, highest = allocations(partial(window_block_mask, T, W, device), device)
-    mask_ms = 1000 * (time.perf_counter() - clock)
-    return {"block_mask": kept / MIB, "block_mask_peak": highest / MIB, "block_mask_ms": mask_ms}
-
-
 def measure(point: Point, device: torch.device, lock=None) -> Row:
     """One row. Compiles at any time, measures while it holds the lock."""
     torch._dynamo.reset()  # or torch's limit of compilations would be met
@@ -270,7 +252,8 @@ def measure(point: Point, device: torch.device, lock=None) -> Row:
             measured = {"forward_ms": milliseconds(forward, device),
                         "both_ms": milliseconds(lambda: backward(forward()), device)}
             if point.backend == "flex":
-                measured |= block_mask_cost(point.T, point.W, device)
+                cost = block_mask_cost(point.T, point.W, device)
+                measured |= dict(zip(("block_mask", "block_mask_peak", "block_mask_ms"), cost, strict=True))
     except (ValueError, SlowPath, torch.OutOfMemoryError) as error:
         row.reason = str(error).splitlines()[0]
         return row

@@ -33,12 +33,14 @@ import checkpoint
 import data.shakespeare
 import machine
 import rundir
-from attention import KERNEL_NAMES, SlowPath, block_mask_cost
+from attention import KERNEL_NAMES
+from compiling import SlowPath
 from configs.recipes import TrainConfig, recipe, result_settings, run_name
 from configs.variants import VARIANTS, model_name, variant
 from data.loader import Windows, micro_batch, train_order, val_batches
 from data.shards import Dataset, open_dataset
 from data.tokenizer import token_bytes
+from measure import block_mask_cost
 from memory import predict_training_mib
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizer
@@ -271,7 +273,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
 
     if device.type == "cuda":
         if "flex" in kernels:
-            print0(block_mask_cost(T, gpt_config.window_size, device))
+            kept_mib, _, ms = block_mask_cost(T, gpt_config.window_size, device)
+            print0(f"block mask T={T} W={gpt_config.window_size}: +{kept_mib:.2f} MiB, {ms:.0f} ms")
         rehearse()
     found = machine.attention_kernels(rehearse, device)
     print0("attention kernels:", found)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from small import call, words
 
-import attention
 import machine
 import memory
 import test_memory
 from attention import window_block_mask
+from compiling import compile_static
 from configs.variants import variant
 from measure import allocations
 from memory import MIB, Shape, attention_need, block_mask_bytes, kernel_scratch
@@ -116,7 +116,7 @@ def as_compiled(monkeypatch, fresh_compiler):
     """bf16 on a CPU; the same partition of the graph as for a GPU, without code for it."""
     backend = {"backend": "aot_eager_decomp_partition"}
     monkeypatch.setattr(machine, "matmul_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(test_memory, "compile_static", partial(attention.compile_static, **backend))
+    monkeypatch.setattr(test_memory, "compile_static", partial(compile_static, **backend))
     monkeypatch.setattr(GPT, "compile", partialmethod(GPT.compile, **backend))
     monkeypatch.setattr(test_memory, "milliseconds", lambda run, device: 0.0)
 
