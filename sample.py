@@ -130,7 +130,7 @@ def sample(config: SampleConfig):
         print(decoder.decode(b"", final=True))
         if len(times) > WARM_UP_TOKENS + 1:
             rate = (len(times) - WARM_UP_TOKENS - 1) / (times[-1] - times[WARM_UP_TOKENS])
-            print(f"{rate:,.0f} tokens/s", file=sys.stderr)
+            print(f"{len(times)} tokens, {rate:,.0f} tokens/s", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> int:

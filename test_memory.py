@@ -10,7 +10,7 @@ MiB that torch has allocated (not reserved) beyond what was there before forward
   saved          after forward: output, logsumexp, copies; and the inputs that backward reads (q, k, v, or x)
   forward peak   the most during forward, backward peak: during backward; inputs and d_out are not counted
   workspace      the higher peak less what any attention needs: out, dq, dk, dv, logsumexp and delta
-  block mask     kept, and peak and time of building it (meant to stay below 30 MiB and 50 ms)
+  block mask     kept, and peak and time of building it
 The model's figures include its weights and gradients. Times are medians: forward, and forward with backward (both);
 on CUDA those of a graph, without what the host takes to launch its kernels.
 
@@ -21,10 +21,10 @@ Closed form of attention alone, with x the bytes of one of q, k, v, out, and r =
   blocked       10 x      14 to 16 x               keys and values twice; each step is a copy
 A block saves 19 x: input, output and 17 between them. A layer of the model saves as much.
 
-On CUDA two things are judged: flex needs no more than CausalSelfAttention's default kernel at every point (the higher
-peak and the block mask, to 1 MiB), and the predictions of these two are within 5 % at points on which no constant was
-fitted. Flash and blocked are shown. Without CUDA the GPU's figures are predictions; full attention and blocked are
-measured on the CPU, by torch.profiler, and judged against their predictions.
+On CUDA three things are judged: flex needs no more than CausalSelfAttention's default kernel at every point (the
+higher peak and the block mask, to 1 MiB); the predictions of these two are within 5 % at points on which no constant
+was fitted; a block mask is built in 50 ms and 30 MiB. Flash and blocked are shown. Without CUDA the GPU's figures are
+predictions; full attention and blocked are measured on the CPU, by torch.profiler, and judged against predictions.
 
 Exit codes: 0 all judged points hold, 1 a judged point misses (or a bug: then with a traceback), 2 bad option,
 5 cannot write, 130 Ctrl-C.
@@ -66,6 +66,7 @@ MODEL_POINTS, MODEL_TOKENS = ((1024, 128), (4096, 1024), (16384, 1024)), 16_384
 FITTED_T = {"attention": 8192, "block": 8192, "model": 4096}  # where memory.py's constants may have been fitted
 TOLERANCE = 0.05  # of a prediction, relative
 SAME_MIB = 1.0  # a need that is no larger than this counts as none: torch takes small tensors' memory in blocks of 2
+MASK_MIB, MASK_MS = 30, 50  # a block mask, while it is built
 SLACK_MIB = 0.01  # of a prediction, absolute: allocator rounding
 SDPA_NAMES = {SDPBackend.CUDNN_ATTENTION: "cuDNN", SDPBackend.FLASH_ATTENTION: "FlashAttention-2",
               SDPBackend.EFFICIENT_ATTENTION: "memory-efficient", None: "CPU"}
@@ -302,14 +303,18 @@ def judge(rows: list[Row], judged: set[str | None]) -> list[str]:
         if not row.measured:
             misses.append(f"{where}: not measured: {row.reason}")
             continue
+        views = row.point.backend == "blocked" and 1 in (row.point.W, row.point.config.n_head)
         for name in ("saved", "forward_peak", "backward_peak", "block_mask"):
             predicted = row.predicted.get(name)
-            if row.fitted or predicted is None:
+            if row.fitted or predicted is None or views:  # some copies are views then: the closed form is no bound
                 continue
             off = row.measured[name] - predicted
             if abs(off) > max(TOLERANCE * predicted, SLACK_MIB):
                 misses.append(f"{where}: {name} is {row.measured[name]:,.2f} MiB, {off / predicted:+.1%} beside the "
                               f"prediction of {predicted:,.2f}")
+        for name, limit in ("block_mask_peak", MASK_MIB), ("block_mask_ms", MASK_MS):
+            if row.measured.get(name, 0) > limit:
+                misses.append(f"{where}: {name} is {row.measured[name]:,.1f}, meant to be at most {limit}")
         if row.point.backend == "flex" and (part, T) in causal:
             need, limit = peak(row.measured) + row.measured["block_mask"], peak(causal[part, T].measured)
             if need > limit + SAME_MIB:

@@ -225,6 +225,23 @@ def ask(tmp_path, capsys):
     return run
 
 
+@pytest.mark.parametrize("options", [{"window_sizes": [1]}, {"n_head": 1}])
+def test_where_copies_are_views_the_closed_form_is_not_judged(ask, options):
+    code, out, _ = ask(**options)
+    assert code == 0 and "all judged points hold" in out
+
+
+@pytest.mark.parametrize(("name", "value"), [("block_mask_peak", 31.0), ("block_mask_ms", 51.0)])
+def test_an_expensive_block_mask_misses(name, value):
+    made = rows()
+    flex = next(row for row in made if row.point.backend == "flex")
+    flex.measured[name] = value - 2
+    assert judge(made, {None, "flex"}) == []
+    flex.measured[name] = value
+    miss, = judge(made, {None, "flex"})
+    assert f"{name} is {value}" in miss
+
+
 def test_the_command_on_a_cpu(ask, tmp_path):
     code, out, err = ask()
     assert code == 0 and "error" not in err

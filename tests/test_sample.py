@@ -186,7 +186,7 @@ def test_recomputing_gives_the_same_text_and_both_say_how_fast(ask):
     code, out, err = ask(**options)
     slow_code, slow_out, slow_err = ask(**options, recompute=True)
     assert code == slow_code == 0 and out == slow_out
-    assert re.fullmatch(r"[\d,]+ tokens/s\n", err) and re.fullmatch(r"[\d,]+ tokens/s\n", slow_err)
+    assert all(re.fullmatch(r"20 tokens, [\d,]+ tokens/s\n", text) for text in (err, slow_err))
 
 
 def test_a_slow_path_and_a_cache_that_does_not_fit_are_one_line(ask):
