@@ -119,6 +119,12 @@ def compiled_flex():
     return compile_static(flex)
 
 
+def forget_compiled():
+    """As in a new process: what is compiled counts towards torch's limit, and towards what compiling.py allows."""
+    torch._dynamo.reset()
+    compiled_flex.cache_clear()
+
+
 @functools.cache
 def flex_options(head_dim: int, device: torch.device, dtype: torch.dtype) -> dict:
     """

@@ -27,7 +27,7 @@ import torch
 import tyro
 
 import machine
-from attention import compiled_flex
+from attention import forget_compiled
 from compiling import SlowPath
 from configs.recipes import TrainConfig
 from configs.variants import model_name, variant
@@ -217,8 +217,7 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
 def release(built: dict):
     """Forgets what was built, and what was compiled for it."""
     built.clear()
-    torch._dynamo.reset()
-    compiled_flex.cache_clear()
+    forget_compiled()
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -260,7 +259,7 @@ def run(arguments: list[str]) -> int:
 
         return verify.run(configs[0].device)
     check_writable(out_dir := Path(configs[0].out_dir))
-    print(*(f"{name}: {value}" for name, value in machine.versions(device).items() if value), sep=", ", flush=True)
+    print(machine.describe(device), flush=True)
     figures = measure(configs, device)
     settings = [{"config": asdict(config)} | figure for config, figure in zip(configs, figures, strict=True)]
     for config, figure in zip(configs, figures, strict=True):

@@ -19,7 +19,15 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import machine
-from attention import compiled_flex, flex_window_attention, sdpa_choice, use_sdpa, window_block_mask, window_tables
+from attention import (
+    compiled_flex,
+    flex_window_attention,
+    forget_compiled,
+    sdpa_choice,
+    use_sdpa,
+    window_block_mask,
+    window_tables,
+)
 from configs.variants import variant
 from measure import allocations, block_mask_cost
 from memory import MIB
@@ -141,7 +149,7 @@ def uncompiled_flex() -> list[Row]:
 
 def recompile_limit() -> list[Row]:
     """Without fullgraph the ninth shape runs uncompiled; one warning tells of it."""
-    torch._dynamo.reset()
+    forget_compiled()
     compiled, rows = torch.compile(flex_attention, dynamic=False), []
     for count in range(1, torch._dynamo.config.recompile_limit + 2):
         q, k, v, _ = inputs(1, 128 * count)
@@ -152,8 +160,7 @@ def recompile_limit() -> list[Row]:
         if count >= torch._dynamo.config.recompile_limit:
             rows.append(Row(f"compiled flex_attention, shape number {count}, forward only", "", peak,
                             f"B=1 T={128 * count} W={W}"))
-    torch._dynamo.reset()
-    compiled_flex.cache_clear()
+    forget_compiled()
     return rows
 
 

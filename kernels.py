@@ -7,7 +7,6 @@ On a CPU the kernels are torch's operators, what is compiled there counts as oth
 """
 
 import heapq
-import os
 import re
 import time
 from collections import Counter
@@ -73,10 +72,9 @@ def breakdown(events: list[tuple[str, float, float]], wall_ms: float, steps: int
 
 def profile(step: Callable[[], object], steps: int, device: torch.device) -> dict:
     """`breakdown` of so many calls of `step`, after one more, which has the start of the profiler in it."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch 2.13 prints two lines per profile
     activity = "CUDA" if device.type == "cuda" else "CPU"
-    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, activity)], acc_events=True,
-                                schedule=torch.profiler.schedule(wait=0, warmup=1, active=1)) as profiler:
+    schedule = torch.profiler.schedule(wait=0, warmup=1, active=1)
+    with machine.profiler(device, schedule=schedule) as profiler:
         step()
         profiler.step()
         machine.synchronize(device)

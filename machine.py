@@ -98,12 +98,17 @@ ATTENTION_KERNELS = {
 }
 
 
-def attention_kernels(step: Callable[[], object], device: torch.device) -> str:
-    """Runs `step` under torch's profiler and names the attention kernels that it used."""
+def profiler(device: torch.device, **options) -> torch.profiler.profile:
+    """Torch's profiler of what runs on the device, without its own messages; options: of torch.profiler.profile."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch 2.13 prints two lines per profile
     on_cuda = device.type == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if on_cuda else torch.profiler.ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity], acc_events=True) as profile:  # 2.11 warns without
+    return torch.profiler.profile(activities=[activity], acc_events=True, **options)  # 2.11 warns without acc_events
+
+
+def attention_kernels(step: Callable[[], object], device: torch.device) -> str:
+    """Runs `step` under torch's profiler and names the attention kernels that it used."""
+    with profiler(device) as profile:
         step()
         synchronize(device)
     names = [event.key for event in profile.key_averages()]
@@ -115,3 +120,8 @@ def versions(device: torch.device) -> dict[str, str]:
     """What a figure depends on: hardware and software, by name."""
     return {"device": device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda or "",
             "python": platform.python_version()}
+
+
+def describe(device: torch.device) -> str:
+    """The same in one line."""
+    return ", ".join(f"{name}: {value}" for name, value in versions(device).items() if value)

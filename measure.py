@@ -1,7 +1,6 @@
 """Memory and time of a function."""
 
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -24,9 +23,7 @@ def allocations(run, device: torch.device):
         result = run()
         machine.synchronize(device)
         return (result, torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch 2.13 prints two lines per profile
-    on_cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=on_cpu, profile_memory=True, acc_events=True) as profile:
+    with machine.profiler(device, profile_memory=True) as profile:
         result = run()
     with tempfile.TemporaryDirectory() as directory:
         profile.export_chrome_trace(f"{directory}/trace.json")

@@ -49,7 +49,7 @@ from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
 import machine
-from attention import WINDOW_ATTENTION, choose_window_backend, compiled_flex, sdpa_choice, use_sdpa
+from attention import WINDOW_ATTENTION, choose_window_backend, forget_compiled, sdpa_choice, use_sdpa
 from compiling import SlowPath, compile_static
 from configs.variants import variant
 from files import write_json
@@ -231,8 +231,7 @@ def build(point: Point, device: torch.device, dtype: torch.dtype):
 
 def measure(point: Point, device: torch.device, lock=None) -> Row:
     """One row. Compiles at any time, measures while it holds the lock."""
-    torch._dynamo.reset()  # or torch's limit of compilations would be met
-    compiled_flex.cache_clear()
+    forget_compiled()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -420,7 +419,7 @@ def run(config: MemoryConfig) -> int:
     check_writable(out_dir)
     choose_window_backend("flex", gpt.head_dim, torch.device("cuda"), torch.bfloat16)
     points = all_points(config, device.type)
-    print(*(f"{name}: {value}" for name, value in machine.versions(device).items() if value), sep=", ", flush=True)
+    print(machine.describe(device), flush=True)
     heads, on_cuda = f"{gpt.n_head} heads of {gpt.head_dim}", device.type == "cuda"
     title = f"{heads}, {str(machine.matmul_dtype(device)).removeprefix('torch.')}, {machine.device_name(device)}"
 

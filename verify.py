@@ -38,7 +38,7 @@ from attention import (
     WINDOW_ATTENTION,
     causal_attention,
     choose_window_backend,
-    compiled_flex,
+    forget_compiled,
     sdpa_choice,
     use_sdpa,
     window_tables,
@@ -213,8 +213,7 @@ def check_group(cases: list[Case], device: torch.device) -> list[Result]:
     """Each case without and with qk_norm, which is no part of what is compiled."""
     results = []
     for case in cases:
-        torch._dynamo.reset()  # or torch's limit of compiled shapes would be met
-        compiled_flex.cache_clear()
+        forget_compiled()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SDPA's, why it does not take a kernel
             results += [check(replace(case, qk_norm=qk_norm), device) for qk_norm in (False, True)]
@@ -274,7 +273,7 @@ def report(results: list[Result], device: torch.device):
 def run(device_name: str) -> int:
     """Checks, prints, and returns 0 if all pass, else 1. ValueError for a device that cannot be used."""
     device = machine.select_device(device_name)
-    print(*(f"{name}: {value}" for name, value in machine.versions(device).items() if value), sep=", ", flush=True)
+    print(machine.describe(device), flush=True)
     results = verify(device)
     report(results, device)
     return int(any(result.miss for result in results))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attention import compiled_flex
+from attention import forget_compiled
 
 
 def pytest_collection_modifyitems(items):
@@ -14,8 +14,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def fresh_compiler():
     """As in a new process: what is compiled counts towards torch's limits, and towards what attention.py allows."""
-    torch._dynamo.reset()
-    compiled_flex.cache_clear()
+    forget_compiled()
     yield
-    torch._dynamo.reset()
-    compiled_flex.cache_clear()
+    forget_compiled()
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -16,16 +16,9 @@ from floor import least_bytes, weight_shapes
 from kernels import ALL_KINDS, breakdown, exclusive, kind_of
 from model import GPT
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SMALL = ["--device=cpu", "--vocab_size=512", "--sequence_length=32", "--steps=2"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -----------------------------------------------------------------------------

@@ -19,15 +19,8 @@ from memory import MIB, Shape, attention_need, block_mask_bytes, kernel_scratch
 from model import GPT, GPTConfig
 from test_memory import Point, Row, judge, measure
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -----------------------------------------------------------------------------
