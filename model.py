@@ -140,10 +140,10 @@ class SlidingWindowAttention(CausalSelfAttention):
         self.window_size = config.window_size
         self.backend, self.tables = None, {}  # execution only, see `prepare`
 
-    def prepare(self, asked: str | None, B: int, T: int, device: torch.device, dtype: torch.dtype):
-        """Chooses the kernel for what comes and makes its tables; ValueError where the one asked for cannot serve."""
-        self.backend = choose_window_backend(asked, self.head_dim, device, dtype)
-        self.tables = window_tables(self.backend, B, T, self.window_size, self.head_dim, device, dtype)
+    def prepare(self, backend: str, B: int, T: int, device: torch.device, dtype: torch.dtype):
+        """Takes this kernel, one that `choose_window_backend` gave, for what comes, and makes its tables."""
+        self.backend = backend
+        self.tables = window_tables(backend, B, T, self.window_size, self.head_dim, device, dtype)
 
     def attend(self, q, k, v):
         return WINDOW_ATTENTION[self.backend](q, k, v, self.window_size, **self.tables)

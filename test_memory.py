@@ -211,7 +211,8 @@ def build(point: Point, device: torch.device, dtype: torch.dtype):
     else:
         block, tables = Block(config, layer=0).to(device), rotary_tables(T, config.head_dim, device)
         if point.W:
-            block.attn.prepare(point.backend, B, T, device, dtype)
+            backend = choose_window_backend(point.backend, config.head_dim, device, dtype)
+            block.attn.prepare(backend, B, T, device, dtype)
         choice = sdpa_choice(T, config.head_dim, device, dtype, masked=point.backend == "blocked")
     if point.part == "block":
         x, d_out = (torch.randn(B, T, config.n_embd, device=device, dtype=dtype) for _ in range(2))

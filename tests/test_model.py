@@ -339,7 +339,7 @@ def test_a_query_sees_exactly_its_window(window, T=23):
     q, k, v = (torch.randn(2, 2, T, 32, generator=generator, requires_grad=True) for _ in range(3))
     layer = attention_class(config, 0)(config)
     if window is not None:
-        layer.prepare(None, 2, T, q.device, q.dtype)
+        layer.prepare("blocked", 2, T, q.device, q.dtype)
     out = layer.attend(q, k, v)
     for t in range(T):
         dk, dv = torch.autograd.grad(out[:, :, t].sum(), (k, v), retain_graph=True)
