@@ -135,7 +135,7 @@ def block_mask_bytes(T: int, W: int) -> int:
     n_partial = min((W + 126) // 128, n - 1) - n_full + 1
     n_lists = 4 if n_full else 2
     width = max(n_full, n_partial)
-    return n_lists * (round_up(4 * n, 512) + round_up(4 * n * width, 512))  # torch allocates multiples of 512
+    return n_lists * (4 * n + 4 * n * width)
 
 
 # In the compiled form, for each token and layer: vectors of n_embd in bf16 that backward reads, or the output.

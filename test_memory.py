@@ -6,7 +6,7 @@ What each attention costs in memory and time: predicted in closed form beside me
 CausalSelfAttention and SlidingWindowAttention on each back end over T and W, at the same number of tokens: attention
 alone, one block compiled as in training, and at three points the whole model with its loss. It is a command, no test.
 
-MiB that torch has allocated (not reserved) beyond what was there before forward:
+MiB that torch's tensors take (its requested_bytes, neither reserved nor rounded up) beyond what was there before:
   saved          after forward: output, logsumexp, copies; and the inputs that backward reads (q, k, v, or x)
   forward peak   the most during forward, backward peak: during backward; inputs and d_out are not counted
   workspace      the higher peak less what any attention needs: out, dq, dk, dv, logsumexp and delta
@@ -22,7 +22,7 @@ Closed form of attention alone, with x the bytes of one of q, k, v, out, and r =
 A block saves 19 x: input, output and 17 between them. A layer of the model saves as much.
 
 On CUDA three things are judged: flex needs no more than CausalSelfAttention's default kernel at every point (the
-higher peak and the block mask, to 1 MiB); the predictions of these two are within 5 % at points on which no constant
+higher peak and the block mask, to 0.1 MiB); the predictions of these two are within 5 % at points on which no constant
 was fitted; a block mask is built in 50 ms and 30 MiB. Flash and blocked are shown. Without CUDA the GPU's figures are
 predictions; full attention and blocked are measured on the CPU, by torch.profiler, and judged against predictions.
 
@@ -37,10 +37,10 @@ import shlex
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import product, repeat
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -62,10 +62,10 @@ TOKENS = {"cuda": 65_536, "cpu": 4_096}
 GRID = {"cuda": ((1024, 8192, 65536), (128, 1024)), "cpu": ((512, 1024, 2048), (64, 256))}  # lengths, windows
 FULL_GRID = {"cuda": (tuple(2**n for n in range(10, 17)), (128, 256, 512, 1024)),
              "cpu": ((512, 1024, 2048, 4096), (64, 128, 256, 512))}
-MODEL_POINTS, MODEL_TOKENS = ((1024, 128), (4096, 1024), (16384, 1024)), 16_384
+MODEL_POINTS, MODEL_TOKENS = ((1024, 128), (4096, 1024), (8192, 1024)), 8192
 FITTED_T = {"attention": 8192, "block": 8192, "model": 4096}  # where memory.py's constants may have been fitted
 TOLERANCE = 0.05  # of a prediction, relative
-SAME_MIB = 1.0  # a need that is no larger than this counts as none: torch takes small tensors' memory in blocks of 2
+SAME_MIB = 0.1  # more than this, block mask included, counts as more
 MASK_MIB, MASK_MS = 30, 50  # a block mask, while it is built
 SLACK_MIB = 0.01  # of a prediction, absolute: allocator rounding
 SDPA_NAMES = {SDPBackend.CUDNN_ATTENTION: "cuDNN", SDPBackend.FLASH_ATTENTION: "FlashAttention-2",
@@ -90,7 +90,7 @@ class MemoryConfig:
     window_sizes: tuple[int, ...] = ()
     """W, instead of the default ones; none may be larger than a sequence length"""
     tokens: int | None = None
-    """in all sequences together, instead of 65,536 on CUDA and 4,096 on a CPU; the model always has 16,384"""
+    """in all sequences together, instead of 65,536 on CUDA and 4,096 on a CPU; the model always has 8,192"""
     device: str = "auto"
     """auto, cuda or cpu"""
     out_dir: str = "runs/test_memory"
@@ -230,42 +230,53 @@ def build(point: Point, device: torch.device, dtype: torch.dtype):
     return forward, inputs, d_out
 
 
-def measure(point: Point, device: torch.device, lock=None) -> Row:
-    """One row. Compiles at any time, measures while it holds the lock."""
-    forget_compiled()
+@contextmanager
+def noting(row: Row, device: torch.device):
+    """Puts into the row why it cannot be measured, and gives unused memory back."""
+    try:
+        yield
+    except (ValueError, SlowPath, torch.OutOfMemoryError) as error:
+        row.reason = str(error).splitlines()[0]
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def prepare(point: Point, device: torch.device):
+    """A function that measures the point, compiled and warmed up already, and returns its row."""
+    forget_compiled()
     dtype = machine.matmul_dtype(device)
     sdpa = SDPA_NAMES[sdpa_choice(point.T, point.config.head_dim, device, dtype, masked=point.backend == "blocked")]
     row = Row(point, sdpa, fitted=device.type == "cuda" and FITTED_T[point.part] == point.T)
-    try:
+    with noting(row, device):
         forward, inputs, d_out = build(point, device, dtype)
-
-        def backward(out):
-            return torch.autograd.grad(out, inputs, d_out)
-
+        backward = partial(torch.autograd.grad, inputs=inputs, grad_outputs=d_out)
         backward(forward())  # compiles, and allocates what stays, such as cuBLAS's workspace
-        with lock or nullcontext():
-            out, alive, forward_peak = allocations(forward, device)
-            _, _, backward_peak = allocations(partial(backward, out), device)
-            del out
-            measured = {"forward_ms": milliseconds(forward, device),
-                        "both_ms": milliseconds(lambda: backward(forward()), device)}
-            if point.backend == "flex":
-                cost = block_mask_cost(point.T, point.W, device)
-                measured |= dict(zip(("block_mask", "block_mask_peak", "block_mask_ms"), cost, strict=True))
-    except (ValueError, SlowPath, torch.OutOfMemoryError) as error:
-        row.reason = str(error).splitlines()[0]
+
+    def measure():
+        out, alive, forward_peak = allocations(forward, device)
+        _, _, backward_peak = allocations(partial(backward, out), device)
+        del out
+        measured = {"forward_ms": milliseconds(forward, device),
+                    "both_ms": milliseconds(lambda: backward(forward()), device)}
+        if point.backend == "flex":
+            cost = block_mask_cost(point.T, point.W, device)
+            measured |= dict(zip(("block_mask", "block_mask_peak", "block_mask_ms"), cost, strict=True))
+        weights = sum(x.nbytes for x in inputs) if point.part == "model" else 0
+        read = sum(x.nbytes for x in inputs if not isinstance(x, torch.nn.Parameter))
+        need = {"saved": alive + read, "forward_peak": forward_peak, "backward_peak": alive + backward_peak}
+        row.measured = measured | {name: (n_bytes + weights) / MIB for name, n_bytes in need.items()}
+        row.predicted = predict(point, sdpa, dtype.itemsize, torch.get_num_threads())
+        if point.part == "attention":
+            row.measured["workspace"] = row.predicted["workspace"] + peak(row.measured) - peak(row.predicted)
+
+    def finish() -> Row:
+        with noting(row, device):
+            if not row.reason:
+                measure()
         return row
-    weights = sum(x.nbytes for x in inputs) if point.part == "model" else 0
-    read = sum(x.nbytes for x in inputs if not isinstance(x, torch.nn.Parameter))
-    need = {"saved": alive + read, "forward_peak": forward_peak, "backward_peak": alive + backward_peak}
-    row.measured = measured | {name: (n_bytes + weights) / MIB for name, n_bytes in need.items()}
-    row.predicted = predict(point, sdpa, dtype.itemsize, torch.get_num_threads())
-    if point.part == "attention":
-        row.measured["workspace"] = row.predicted["workspace"] + peak(row.measured) - peak(row.predicted)
-    return row
+
+    return finish
 
 
 def start_worker():
@@ -273,15 +284,34 @@ def start_worker():
     torch._inductor.config.compile_threads = 2
 
 
+in_hand = []  # of a worker: what `prepare` gave it
+
+
+def prepare_in_worker(point: Point, device: torch.device):
+    in_hand[:] = [prepare(point, device)]
+
+
+def finish_in_worker() -> Row:
+    return in_hand.pop()()
+
+
 def measure_all(points: list[Point], device: torch.device) -> list[Row]:
-    """On CUDA in several processes: nearly all of the time is compilation."""
-    progress = partial(tqdm, total=len(points), desc="measuring", disable=None, leave=False)
+    """On CUDA in turns: several processes compile, then one after the other measures, alone on the GPU."""
+    rows, progress = [], partial(tqdm, total=len(points), desc="measuring", disable=None, leave=False)
     if device.type != "cuda":
-        return [measure(point, device) for point in progress(points)]
-    n_workers = max(1, min(8, os.cpu_count() // 2, int(machine.total_mib(device) / 10_000)))  # a model needs 8 GiB
+        return [prepare(point, device)() for point in progress(points)]
+    n_workers = max(1, min(14, os.cpu_count() - 1, int(machine.total_mib(device) / 5500)))  # a model needs 5 GiB
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Manager() as manager, ProcessPoolExecutor(n_workers, spawn, start_worker) as pool:
-        return list(progress(pool.map(measure, points, repeat(device), repeat(manager.Lock()))))
+    with progress() as bar, ExitStack() as stack:
+        workers = [stack.enter_context(ProcessPoolExecutor(1, spawn, start_worker)) for _ in range(n_workers)]
+        for turn in range(0, len(points), n_workers):
+            pairs = list(zip(workers, points[turn : turn + n_workers], strict=False))
+            for prepared in [worker.submit(prepare_in_worker, point, device) for worker, point in pairs]:
+                prepared.result()
+            for worker, _ in pairs:
+                rows.append(worker.submit(finish_in_worker).result())
+                bar.update()
+    return rows
 
 
 # -----------------------------------------------------------------------------
