@@ -281,7 +281,7 @@ def prepare(point: Point, device: torch.device):
 
 def start_worker():
     torch.set_num_threads(1)
-    torch._inductor.config.compile_threads = 2
+    torch._inductor.config.compile_threads = 1  # not more processes yet
 
 
 in_hand = []  # of a worker: what `prepare` gave it
