@@ -4,8 +4,8 @@ Where a sliding window can seem to need more memory than full attention: each ex
     python explain_memory.py
 
 A report said that windows on flex_attention used 350 MB more than plain causal attention. The first four rows are its
-explanations, the others are mistakes that have this effect. Every figure is torch's allocated memory in MiB (not what
-it reserves), at the shape in its row; needs a CUDA GPU, takes about a minute. Exit codes: 0 done, 2 no CUDA GPU.
+explanations, the others are mistakes that have this effect. Every figure is in MiB what torch's tensors ask for (not
+what it reserves), at the shape in its row; needs a CUDA GPU, takes 90 s. Exit codes: 0 done, 2 no CUDA GPU.
 """
 
 import gc
@@ -217,7 +217,7 @@ def main() -> int:
         return BAD_OPTION
     warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
     versions = machine.versions(torch.device("cuda", 0))
-    print(f"{versions['device']}, torch {versions['torch']}; MiB of allocated memory")
+    print(f"{versions['device']}, torch {versions['torch']}; MiB that tensors ask for")
     print(f"{'explanation':67} {'claimed':>10} {'measured':>10}  at")
     for part in PARTS:
         for row in part():

@@ -237,7 +237,6 @@ def noting(row: Row, device: torch.device):
         yield
     except (ValueError, SlowPath, torch.OutOfMemoryError) as error:
         row.reason = str(error).splitlines()[0]
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -245,6 +244,7 @@ def noting(row: Row, device: torch.device):
 def prepare(point: Point, device: torch.device):
     """A function that measures the point, compiled and warmed up already, and returns its row."""
     forget_compiled()
+    gc.collect()
     dtype = machine.matmul_dtype(device)
     sdpa = SDPA_NAMES[sdpa_choice(point.T, point.config.head_dim, device, dtype, masked=point.backend == "blocked")]
     row = Row(point, sdpa, fitted=device.type == "cuda" and FITTED_T[point.part] == point.T)
@@ -300,7 +300,7 @@ def measure_all(points: list[Point], device: torch.device) -> list[Row]:
     rows, progress = [], partial(tqdm, total=len(points), desc="measuring", disable=None, leave=False)
     if device.type != "cuda":
         return [prepare(point, device)() for point in progress(points)]
-    n_workers = max(1, min(14, os.cpu_count() - 1, int(machine.total_mib(device) / 5500)))  # a model needs 5 GiB
+    n_workers = max(1, min(10, os.cpu_count() - 1, int(machine.total_mib(device) / 5500)))  # a model needs 5 GiB
     spawn = multiprocessing.get_context("spawn")
     with progress() as bar, ExitStack() as stack:
         workers = [stack.enter_context(ProcessPoolExecutor(1, spawn, start_worker)) for _ in range(n_workers)]
