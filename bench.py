@@ -34,6 +34,7 @@ from configs.variants import model_name, variant
 from files import write_json
 from floor import measure_floor
 from kernels import ALL_KINDS, profile
+from loss import choose_loss_backend
 from measure import ratio, step_times
 from memory import MIB
 from model import GPT, GPTConfig
@@ -61,6 +62,8 @@ class BenchConfig:
     """timed steps, of each turn if there are several"""
     window_backend: str | None = None
     """kernel of the sliding window; None: flex on CUDA, blocked elsewhere"""
+    loss_backend: Literal["fused", "plain"] | None = None
+    """the loss without whole logits, or as one reads it; None: fused on CUDA in 16 bits, plain elsewhere"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the matrix products; auto: bfloat16 on GPUs that have it"""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -91,7 +94,9 @@ class BenchConfig:
             raise ValueError(f"window_size={W} is more than sequence_length={T}")
         with torch.device("meta"):
             model = GPT(self.gpt, self.window_backend)  # raises for a back end that is unknown or has no use
-        model.kernels(T, device, machine.matmul_dtype(device, self.dtype))
+        dtype = machine.matmul_dtype(device, self.dtype)
+        model.kernels(T, device, dtype)
+        choose_loss_backend(self.loss_backend, device, dtype)
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
 
 def build(config: BenchConfig, device: torch.device):
     """(a step as in train_gpt2.py, warmed up; MiB that stay between steps)."""
-    model = GPT(config.gpt, config.window_backend).to(device)
+    model = GPT(config.gpt, config.window_backend, config.loss_backend).to(device)
     optimizer = make_optimizer(model, TrainConfig())
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         model.compile()
@@ -231,7 +236,8 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
     dtype = str(machine.matmul_dtype(device, config.dtype)).removeprefix("torch.")
     times = [ms for times in figure["rounds_ms"] for ms in times]
     print(f"\n{model_name(config.gpt)}, {config.batch_size} x {config.sequence_length} tokens, {dtype}, "
-          f"compile {config.compile}" + f", window by {config.window_backend}" * bool(config.window_backend))
+          f"compile {config.compile}" + f", window by {config.window_backend}" * bool(config.window_backend)
+          + f", loss {config.loss_backend}" * bool(config.loss_backend))
     print(f"{figure['step_ms']:,.2f} ms a step ({min(times):,.2f} to {max(times):,.2f}, {len(times)} steps), "
           f"{figure['tokens_per_s']:,.0f} tokens/s, "
           + (f"{figure['mfu']:.1%} MFU" if figure["mfu"] else "MFU unknown")

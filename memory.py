@@ -6,25 +6,10 @@ Shapes: B batch, T tokens in a sequence, C = n_embd, H heads, D head_dim, W wind
 
 from dataclasses import dataclass
 
-from model import GPT, GPTConfig
+from loss import CHUNK_TOKENS
+from model import GPTConfig
 
 MIB = 2**20
-
-
-def predict_training_mib(model: GPT, batch_size: int, sequence_length: int) -> float:
-    """
-    Predicted peak of a compiled bf16 step with AdamW on CUDA, in MiB; docs/experiments.md has it beside measured peaks.
-
-    For each parameter: float32 weight, gradient and two moments, and the bf16 copy that the products read. For the
-    tied matrix: its gradients as embedding and as head, before they are added. For each token: bf16 logits and their
-    gradient, and in each layer 12 vectors of n_embd in bf16, with post_norm 14: what backward needs.
-    """
-    config, tokens = model.config, batch_size * sequence_length
-    parameters = (16 + 2) * model.num_params() + 8 * config.vocab_size * config.n_embd
-    logits = 4 * tokens * config.vocab_size
-    vectors_per_layer = 14 if config.post_norm and config.pre_norm else 12
-    activations = 2 * tokens * config.n_embd * vectors_per_layer * config.n_layer
-    return (parameters + logits + activations) / MIB
 
 
 # -----------------------------------------------------------------------------
@@ -175,13 +160,30 @@ def block_need(config: GPTConfig, backend: str | None, B: int, T: int) -> Need:
     return Need(saved=x + alive, forward_peak=alive, backward_peak=alive + first_gradient)
 
 
-def model_need(config: GPTConfig, backend: str | None, B: int, T: int) -> Need:
-    """The compiled GPT with targets, in bf16 autocast, its weights included; backward peaks at the logits."""
+def model_need(config: GPTConfig, backend: str | None, B: int, T: int, loss: str = "fused") -> Need:
+    """The compiled GPT with targets, in bf16 autocast, its float32 weights included; loss: a name of loss.LOSS."""
     C, V, x = config.n_embd, config.vocab_size, 2 * B * T * config.n_embd
-    num_params = V * C + 12 * C * C * config.n_layer
-    alive = (4 + 2) * num_params  # float32 weights, bf16 copies
+    alive = 4 * num_params(config) + 2 * 12 * C * C * config.n_layer  # weights, bf16 copies of those in the layers
     alive += config.n_layer * layer_bytes(config, backend, B, T)
     alive += config.n_layer * 2 * x * (config.post_norm and config.pre_norm)  # the outputs of both c_proj
-    alive += 2 * x  # embedding, input of the head
-    alive += 2 * B * T * V  # bf16 logits; their gradient takes their place
-    return Need(saved=alive, forward_peak=alive, backward_peak=alive + 2 * V * C)  # bf16 gradient of the head
+    alive += x  # embedding
+    head = 2 * V * C + x  # bf16 copy, and what it is applied to
+    if loss == "plain":  # backward peaks where the gradient of the logits has taken their place
+        saved = alive + head + 2 * B * T * V
+        return Need(saved=saved, forward_peak=saved, backward_peak=saved + 2 * V * C)  # bf16 gradient of the head
+    gradients = x + 4 * V * C  # of x in bf16, of the head in float32
+    logits = 2 * min(B * T, CHUNK_TOKENS) * V
+    return Need(saved=alive + gradients, forward_peak=alive + head + gradients + logits,
+                backward_peak=alive + 2 * gradients)
+
+
+def num_params(config: GPTConfig) -> int:
+    return config.vocab_size * config.n_embd + 12 * config.n_embd**2 * config.n_layer
+
+
+def training_need(config: GPTConfig, backend: str | None, B: int, T: int, micro_steps: int, loss: str) -> int:
+    """Peak in bytes of an update with AdamW on CUDA, compiled, in bf16; from the second one on."""
+    N, model = num_params(config), model_need(config, backend, B, T, loss)
+    moments, gradients = 8 * N, 4 * N
+    earlier = gradients if micro_steps > 1 else 0  # of the micro-steps before
+    return max(model.forward_peak + earlier, model.backward_peak + earlier, 4 * N + gradients) + moments

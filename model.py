@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from attention import WINDOW_ATTENTION, causal_attention, choose_window_backend, sdpa_choice, use_sdpa, window_tables
 from compiling import compile_static
+from loss import LOSS, choose_loss_backend
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -187,18 +188,20 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    config: what it computes. window_backend: which kernel computes a window, None is flex on CUDA and blocked
-    elsewhere; all give the same function. seed: of the initial weights, drawn from a generator of their own.
+    config: what it computes. window_backend, loss_backend: which kernels compute a window (attention.py) and the loss
+    (loss.py), None is the fastest; all give the same function. seed: of the initial weights, drawn from a generator of
+    their own.
     """
 
-    def __init__(self, config: GPTConfig, window_backend: str | None = None, seed: int = 0):
+    def __init__(self, config: GPTConfig, window_backend: str | None = None, loss_backend: str | None = None,
+                 seed: int = 0):
         super().__init__()
         if window_backend is not None:
             if window_backend not in WINDOW_ATTENTION:
                 raise ValueError(f"window_backend={window_backend!r} must be one of {', '.join(WINDOW_ATTENTION)}")
             if config.window_size is None:
                 raise ValueError(f"window_backend={window_backend!r} has no use: window_size is None")
-        self.config, self.window_backend = config, window_backend
+        self.config, self.window_backend, self.loss_backend = config, window_backend, loss_backend
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -260,6 +263,7 @@ class GPT(nn.Module):
         backend, sdpa = self.kernels(T, device, dtype)
         for attention in self.windowed_attentions():
             attention.prepare(backend, B, T, device, dtype)
+        self.cross_entropy = LOSS[choose_loss_backend(self.loss_backend, device, dtype)]
         with use_sdpa(sdpa):
             return self.run(idx, targets, *rotary_tables(T, self.config.head_dim, device))
 
@@ -268,7 +272,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx).to(self.compute_dtype(idx.device))  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cos, sin, caches and caches[layer])
-        logits = self.lm_head(norm(x))  # (B, T, V)
+        x = norm(x)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            return self.lm_head(x), None  # (B, T, V)
+        return None, self.cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())

@@ -40,8 +40,9 @@ from configs.variants import VARIANTS, model_name, variant
 from data.loader import Windows, micro_batch, train_order, val_batches
 from data.shards import Dataset, open_dataset
 from data.tokenizer import token_bytes
+from loss import choose_loss_backend
 from measure import block_mask_cost
-from memory import predict_training_mib
+from memory import MIB, training_need
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizer
 
@@ -90,7 +91,9 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
     T, window_size = config.sequence_length, gpt_config.window_size
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
-    model.kernels(T, device, machine.matmul_dtype(device, config.dtype))  # raises if none can serve here
+    dtype = machine.matmul_dtype(device, config.dtype)
+    model.kernels(T, device, dtype)  # raises if none can serve here
+    choose_loss_backend(config.loss_backend, device, dtype)
 
     if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
         raise ValueError(f"{RANK=} and {WORLD_SIZE=} in the environment are not torchrun's: unset them")
@@ -99,11 +102,11 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
         raise ValueError(f"total_batch_tokens={config.total_batch_tokens} is less than one sequence for each of "
                          f"{WORLD_SIZE} processes: use at least {T * WORLD_SIZE}")
     batch_size = config.batch_size
-    if batch_size is None:
-        room_mib = 0.95 * machine.total_mib(device)
-        sizes = (64, 32, 16, 8, 4, 2) if device.type == "cuda" else (8, 4, 2)
-        sizes = [size for size in sizes if sequences % size == 0]
-        batch_size = next((size for size in sizes if predict_training_mib(model, size, T) < room_mib), 1)
+    if batch_size == "auto":
+        room_mib, largest = 0.95 * machine.total_mib(device), sequences if device.type == "cuda" else 8
+        fitting = (size for size in divisors(sequences) if size <= largest
+                   and predict_mib(config, gpt_config, size, sequences // size) < room_mib)
+        batch_size = next(fitting, 1)
     if rest or sequences % batch_size:
         raise ValueError(f"total_batch_tokens={config.total_batch_tokens} does not divide by sequence_length={T} x "
                          f"batch_size={batch_size} x {WORLD_SIZE} processes")
@@ -113,9 +116,31 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
            f"{model.flops_per_token(T):,} FLOPs per token")
     print0(f"update: {config.total_batch_tokens:,} tokens = {WORLD_SIZE} processes x {sequences // batch_size} "
            f"micro-steps x {batch_size} sequences x {T} tokens")
-    predicted_mib = predict_training_mib(model, batch_size, T)
+    predicted_mib = predict_mib(config, gpt_config, batch_size, sequences // batch_size)
     print0(f"predicted peak on a GPU, compiled, in bfloat16: {predicted_mib:,.0f} MiB")
     return batch_size, sequences // batch_size
+
+
+def divisors(n: int) -> list[int]:
+    """The largest first."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({n // d for d in small} | set(small), reverse=True)
+
+
+def predict_mib(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, micro_steps: int) -> float:
+    """Peak of a process on a GPU, compiled, in bfloat16."""
+    backend, loss = config.window_backend or "flex", config.loss_backend or "fused"
+    return training_need(gpt_config, backend, batch_size, config.sequence_length, micro_steps, loss) / MIB
+
+
+def out_of_memory(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, micro_steps: int) -> str:
+    """What to change, and what that is predicted to save."""
+    needed_mib = predict_mib(config, gpt_config, batch_size, micro_steps)
+    for smaller in divisors(batch_size)[1:]:
+        saved_mib = needed_mib - predict_mib(config, gpt_config, smaller, micro_steps * batch_size // smaller)
+        if saved_mib >= 1:  # from one micro-step to two the gradients stay in memory
+            return f"--batch_size {smaller} is predicted to save {saved_mib:,.0f} MiB"
+    return "a smaller --batch_size saves nothing, a shorter --sequence_length or a smaller --model does"
 
 
 def print0(*words, file=None):
@@ -223,7 +248,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         checkpoint.tidy(run.path, start)
 
     # --- model and optimizer, new or as saved ---
-    model = GPT(gpt_config, config.window_backend, config.seed).to(device)
+    model = GPT(gpt_config, config.window_backend, config.loss_backend, config.seed).to(device)
     optimizer = make_optimizer(model, config)
     if start > 0:
         saved = run.path / checkpoint.directory_name(start)
@@ -379,7 +404,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         reason, code = train(config, gpt_config, device, batch_size, accumulation, run)
     except torch.OutOfMemoryError as error:
-        reason, code = f"out of memory: --batch_size {batch_size // 2 or 1}? ({str(error).splitlines()[0]})", 1
+        advice = out_of_memory(config, gpt_config, batch_size, accumulation)
+        reason, code = f"out of memory: {advice} ({str(error).splitlines()[0]})", 1
     except Exception as error:
         reason, code = str(error), getattr(error, "exit_code", 1)
         if code == 1:

@@ -24,8 +24,9 @@ class TrainConfig:
     """of the initial weights and of the order of the data"""
 
     # how much
-    batch_size: int | None = None
-    """sequences per process and micro-step; None: the largest of 64, 32, 16, ... that divides the step and fits"""
+    batch_size: int | Literal["auto"] = "auto"
+    """sequences per process and micro-step; auto: the most that divide the step and fit by prediction, without a GPU
+    at most 8"""
     sequence_length: int = 1024
     """tokens in a sequence"""
     total_batch_tokens: int = 65_536
@@ -80,6 +81,8 @@ class TrainConfig:
     """torch.compile; auto: on CUDA"""
     window_backend: str | None = None
     """kernel of the sliding window: flex, flash or blocked (attention.py); None: flex on CUDA, blocked elsewhere"""
+    loss_backend: Literal["fused", "plain"] | None = None
+    """the loss without whole logits, or as one reads it (loss.py); None: fused on CUDA in 16 bits, plain elsewhere"""
     wandb: bool = False
     """mirror the metrics to Weights & Biases (pip install wandb); offline without a key"""
 
@@ -90,7 +93,7 @@ class TrainConfig:
         }
         for name, least in minimum.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= 2**40:
+            if value not in (None, "auto") and not least <= value <= 2**40:
                 raise ValueError(f"{name}={value} must lie between {least} and 2^40")
         limits = {
             "learning_rate": (0, 10), "final_lr_fraction": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),

@@ -5,7 +5,6 @@ import torch
 
 import machine
 from configs.variants import VARIANTS
-from memory import predict_training_mib
 from model import GPT
 
 CPU = torch.device("cpu")
@@ -157,38 +156,3 @@ def test_attention_kernels_of_the_window_on_a_cpu():
     gpt = GPT(VARIANTS["tiny_post_norm_qk_norm_window32"])
     idx = torch.zeros(1, 80, dtype=torch.int64)
     assert machine.attention_kernels(lambda: gpt(idx, idx)[1].backward(), CPU) == "fused SDPA for CPU"
-
-
-# -----------------------------------------------------------------------------
-# memory
-
-MEASURED_MIB = {  # max_memory_allocated of compiled bf16 steps of 1,024 tokens a sequence: H100, torch 2.11
-    ("d12", 64): 29053, ("d12_qk_norm", 64): 29127, ("d12_post_norm", 64): 31367, ("d12_post_norm_qk_norm", 64): 31437,
-    ("d12_post_norm_qk_norm", 32): 17114,
-}
-
-
-def predicted(name, batch_size, sequence_length=1024):
-    with torch.device("meta"):
-        return predict_training_mib(GPT(VARIANTS[name]), batch_size, sequence_length)
-
-
-@pytest.mark.parametrize(("name", "batch_size"), MEASURED_MIB)
-def test_predicted_memory_is_near_the_measured(name, batch_size):
-    assert predicted(name, batch_size) == pytest.approx(MEASURED_MIB[name, batch_size], rel=0.05)
-
-
-def test_predicted_memory_by_hand():
-    """tiny, 2 sequences of 8 tokens: 18 bytes a parameter, 8 of the tied matrix, logits, 12 or 14 vectors a layer."""
-    n_params, matrix = 50304 * 64 + 2 * 12 * 64**2, 50304 * 64
-    by_hand = 18 * n_params + 8 * matrix + 16 * (4 * 50304 + 2 * 12 * 64 * 2)
-    assert predicted("tiny", 2, 8) == pytest.approx(by_hand / 2**20, rel=1e-12)
-    more = 16 * 2 * 2 * 64 * 2 / 2**20  # 2 vectors in bf16 for each of 16 tokens in each of 2 layers
-    hybrid = predicted("tiny_post_norm_qk_norm_window32", 2, 8)
-    assert hybrid == pytest.approx(by_hand / 2**20 + more, rel=1e-12)
-
-
-def test_predicted_memory_is_linear_in_the_tokens():
-    at = [predicted("d12", batch_size) for batch_size in (8, 16, 24)]
-    assert at[2] - at[1] == pytest.approx(at[1] - at[0])
-    assert predicted("d12", 8, 2048) == pytest.approx(at[1])

@@ -15,7 +15,17 @@ from attention import window_block_mask
 from compiling import compile_static
 from configs.variants import variant
 from measure import allocations
-from memory import MIB, Shape, attention_need, block_mask_bytes, kernel_scratch
+from memory import (
+    MIB,
+    Need,
+    Shape,
+    attention_need,
+    block_mask_bytes,
+    kernel_scratch,
+    layer_bytes,
+    model_need,
+    training_need,
+)
 from model import GPT, GPTConfig
 from test_memory import Point, Row, judge, prepare
 
@@ -121,10 +131,44 @@ def test_saved_by_a_block(as_compiled, name, W):
     assert row.predicted["saved"] == pytest.approx(row.measured["saved"], rel=0.02)
 
 
-def test_saved_by_the_model(as_compiled):
+def test_saved_by_the_model(as_compiled, monkeypatch):
+    monkeypatch.setattr(test_memory, "model_need", partial(model_need, loss="plain"))
     config = replace(variant("d12_post_norm"), n_layer=2, n_head=2, n_embd=128, vocab_size=1024)
     row = prepare(Point("model", None, 4, 512, None, config), CPU)()
     assert row.predicted["saved"] == pytest.approx(row.measured["saved"], rel=0.02)
+
+
+MEASURED_MIB = {  # max_memory_allocated of train_gpt2.py's steps of 1,024 tokens a sequence: H100, torch 2.11
+    ("d12", 64): 29053, ("d12_qk_norm", 64): 29127, ("d12_post_norm", 64): 31367, ("d12_post_norm_qk_norm", 64): 31437,
+    ("d12_post_norm_qk_norm", 32): 17114,
+}
+
+
+@pytest.mark.parametrize(("name", "B"), MEASURED_MIB)
+def test_training_need_is_near_the_measured(name, B):
+    need = training_need(variant(name), None, B, 1024, 64 // B, "plain")
+    assert need / MIB == pytest.approx(MEASURED_MIB[name, B], rel=0.01)
+
+
+def test_training_need_by_hand():
+    """tiny: 3,219,456 matrix and 98,304 other weights; 64 wide, 2 heads, 2 layers."""
+    matrix, others, x = 50304 * 64, 2 * 12 * 64**2, 2 * 16 * 64
+    n_params, tiny = matrix + others, variant("tiny")
+    layer = 18 * x + 4 * 2 * 16  # vectors of 16 tokens, logsumexp of 2 heads
+    before_loss = 4 * n_params + 2 * others + 2 * layer + x
+    gradients, logits = x + 4 * matrix, 2 * 16 * 50304
+    forward = before_loss + 2 * matrix + x + gradients + logits
+    assert model_need(tiny, None, 2, 8) == Need(before_loss + gradients, forward, before_loss + 2 * gradients)
+    plain = before_loss + 2 * matrix + x + logits
+    assert model_need(tiny, None, 2, 8, "plain") == Need(plain, plain, plain + 2 * matrix)
+    assert training_need(tiny, None, 2, 8, 1, "plain") == max(plain + 2 * matrix, 8 * n_params) + 8 * n_params
+    assert training_need(tiny, None, 2, 8, 2, "plain") == plain + 2 * matrix + 12 * n_params
+
+
+def test_more_tokens_than_a_chunk_add_no_logits():
+    fused = [model_need(variant("d12"), None, B, 1024).forward_peak for B in (8, 16, 24)]
+    x = 2 * 8 * 1024 * 768
+    assert fused[2] - fused[1] == fused[1] - fused[0] == 12 * layer_bytes(variant("d12"), None, 8, 1024) + 3 * x
 
 
 # -----------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import rundir
 import train_gpt2
 from data.shards import write_shard
 from data.tokenizer import gpt2
-from memory import predict_training_mib
+from memory import MIB, training_need
 from model import GPT, GPTConfig
 
 runs = small.runs
@@ -549,7 +549,7 @@ def test_mfu_is_the_stated_formula(runs, monkeypatch):
         assert row["tokens_per_s"] == pytest.approx(128 / row["step_ms"] * 1000)
 
 
-@pytest.mark.parametrize("gib, batch_size", [(8, 8), (12, 16), (16, 16), (24, 32), (40, 64), (80, 64)])
+@pytest.mark.parametrize("gib, batch_size", [(8, 8), (12, 16), (16, 32), (24, 32), (40, 64), (80, 64)])
 def test_the_micro_batch_of_default_follows_the_memory_of_the_gpu(monkeypatch, gib, batch_size):
     monkeypatch.setattr(train_gpt2.machine, "total_mib", lambda device: gib * 1024)
     config = train_gpt2.recipe("default")
@@ -562,9 +562,13 @@ def test_out_of_memory_is_one_line(runs, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(GPT, "run", fail)
-    assert runs(batch_size=4) == 1
+    assert runs(batch_size=4, total_batch_tokens=8 * T, vocab_size=50304) == 1
     err = capsys.readouterr().err
-    assert "--batch_size 2" in err and "Traceback" not in err
+    assert re.search(r"^error: out of memory: --batch_size 2 is predicted to save \d+ MiB \(CUDA out of memory\.\)$",
+                     err, re.MULTILINE) and "Traceback" not in err
+    for name, options in ("one", {"batch_size": 1}), ("gradients", {"batch_size": 4}):  # which two micro-steps keep
+        assert runs(run_name=name, **options) == 1
+        assert "saves nothing, a shorter --sequence_length" in capsys.readouterr().err
 
 
 def test_no_place_for_shakespeare(runs, monkeypatch, capsys):
@@ -901,5 +905,5 @@ def test_gpu_memory_is_as_predicted(runs, fresh_compiler):
     assert runs(data=runs.directory / "long", device="cuda", model=model, vocab_size=50304, sequence_length=1024,
                 total_batch_tokens=tokens, batch_size=8, max_steps=3, learning_rate=1e-4, val_tokens=1024) == 0
     with torch.device("meta"):
-        predicted_mib = predict_training_mib(GPT(train_gpt2.VARIANTS[model]), 8, 1024)
-    assert metrics(runs.path)[-1]["peak_mib"] == pytest.approx(predicted_mib, rel=0.1)
+        predicted_mib = training_need(train_gpt2.VARIANTS[model], None, 8, 1024, 1, "fused") / MIB
+    assert metrics(runs.path)[-1]["peak_mib"] == pytest.approx(predicted_mib, rel=0.05)
