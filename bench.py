@@ -38,7 +38,7 @@ from loss import choose_loss_backend
 from measure import ratio, step_times
 from memory import MIB
 from model import GPT, GPTConfig
-from optim import make_optimizer
+from optim import make_optimizer, update
 from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, writing
 
 WARMUP_STEPS, PROFILED_STEPS = 5, 3
@@ -167,9 +167,7 @@ def build(config: BenchConfig, device: torch.device):
         with autocast:
             _, loss = model(inputs, targets)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), TrainConfig.grad_clip).item()  # the loop waits here too
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        return machine.read_later(update(model, optimizer, loss.detach(), TrainConfig.grad_clip))
 
     step_times(step, WARMUP_STEPS, device)
     state = [x for values in optimizer.state.values() for x in values.values()]

@@ -91,6 +91,25 @@ def synchronize(device: torch.device):
         getattr(torch, device.type).synchronize()
 
 
+def runs_behind(device: torch.device) -> bool:
+    """Whether the device still computes when a call returns."""
+    return device.type == "cuda"
+
+
+def read_later(tensor: torch.Tensor) -> Callable[[], list]:
+    """Its values when they are asked for: on CUDA the copy begins now, and only who asks waits, for nothing later."""
+    if tensor.device.type != "cuda":
+        return tensor.tolist
+    copy, done = tensor.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record()
+
+    def read():
+        done.synchronize()
+        return copy.tolist()
+
+    return read
+
+
 # parts of kernel names, in the order in which they are looked for
 ATTENTION_KERNELS = {
     "cudnn": "cuDNN", "flex_attention": "flex_attention", "fmha_cutlass": "memory-efficient SDPA",

@@ -68,14 +68,19 @@ def milliseconds(run, device: torch.device) -> float:
 
 
 def step_times(step, steps: int, device: torch.device) -> list[float]:
-    """Of each of so many calls, in ms on the host's clock; the last one's ends when the device is done."""
+    """
+    Of each of so many calls, in ms on the host's clock, from the end of one on the device to the end of the next. step
+    returns what waits for its end (machine.read_later); as in training the host launches one step ahead.
+    """
     machine.synchronize(device)
-    marks = [time.perf_counter()]
+    marks, wait = [time.perf_counter()], None
     for _ in range(steps):
-        step()
-        marks.append(time.perf_counter())
-    machine.synchronize(device)
-    marks[-1] = time.perf_counter()
+        wait, before = step(), wait
+        if before:
+            before()
+            marks.append(time.perf_counter())
+    wait()
+    marks.append(time.perf_counter())
     return [1000 * (end - start) for start, end in pairwise(marks)]
 
 

@@ -44,7 +44,7 @@ from loss import choose_loss_backend
 from measure import block_mask_cost
 from memory import MIB, training_need
 from model import GPT, GPTConfig
-from optim import learning_rate, make_optimizer
+from optim import learning_rate, make_optimizer, update
 
 # torchrun sets these; without it there is one process
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -314,56 +314,65 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     if config.wandb and RANK == 0:
         run.mirror = rundir.WandbMirror(project="gpt2-variants", name=run.path.name, dir=run.path, config=described)
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=RANK != 0)
-    clock, times = time.perf_counter(), []  # s, of each step
-    for step in range(start + 1, last_step + 1):
-        # --- forward and backward ---
-        report = torch.zeros(2, device=device)  # loss, processes that got a signal
-        for micro_step in range(accumulation):
-            report[0] += forward_backward(inputs, targets, synchronize=micro_step == accumulation - 1) / WORLD_SIZE
-            inputs, targets = next(batches)  # read while a GPU computes
+    clock, times, launched = time.perf_counter(), [], []  # times: s, of each step
 
-        # --- update, if loss and gradient are finite ---
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
-        report[1] += stop.received is not None
-        if WORLD_SIZE > 1:
-            dist.all_reduce(report)
-        loss, stopping = report.tolist()
+    def finish(step: int, lr: float, read_report) -> dict:
+        """The row of a launched step, when the device is done with it. Raises NotFinite."""
+        nonlocal clock, time_s
+        (loss, grad_norm), now = read_report(), time.perf_counter()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise rundir.NotFinite(f"step {step}: loss {loss}, gradient norm {grad_norm}; its update was not made")
-        lr = learning_rate(config, step - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step_s = time.perf_counter() - clock
+        step_s, clock = now - clock, now
         times.append(step_s)
-        clock, time_s = clock + step_s, time_s + step_s  # what a GPU still has to do counts for the next step
-
-        # --- log, with an evaluation if it is due ---
-        row = {
+        time_s += step_s
+        return {
             "step": step, "tokens": step * config.total_batch_tokens, "time_s": time_s, "loss": loss, "lr": lr,
             "grad_norm": grad_norm, "step_ms": step_s * 1000, "tokens_per_s": config.total_batch_tokens / step_s,
             "mfu": flops_per_update / step_s / (peak_flops * WORLD_SIZE) if peak_flops else None,
             "peak_mib": machine.peak_mib(device),
         }
-        if config.val_every and (step % config.val_every == 0 or step == config.max_steps):
-            val_loss, bits_per_byte = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes)
-            row |= {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
-            print0(f"step {step}: val loss {val_loss:.4f}, bits per byte {bits_per_byte or math.nan:.4f}")
-        if RANK == 0:
-            run.log(row)
-            bar.set_postfix_str(rundir.progress(row), refresh=False)
-            bar.update()
+
+    for step in range(start + 1, last_step + 1):
+        # --- forward, backward and update, without waiting for the device ---
+        loss = torch.zeros((), device=device)
+        for micro_step in range(accumulation):
+            loss += forward_backward(inputs, targets, synchronize=micro_step == accumulation - 1) / WORLD_SIZE
+            inputs, targets = next(batches)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(loss)
+        lr = learning_rate(config, step - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        launched.append((step, lr, machine.read_later(update(model, optimizer, loss, config.grad_clip))))
+        stopping = torch.tensor(int(stop.received is not None))
+        if WORLD_SIZE > 1:
+            dist.all_reduce(stopping)  # on the hosts
+        stopping = stopping.item() > 0
+
+        # --- log what is done: all, or on a GPU all but this step; with an evaluation if it is due ---
+        ending = stopping or step == last_step
+        val_due = config.val_every and (step % config.val_every == 0 or step == config.max_steps)
+        save_due = config.save_every and (step % config.save_every == 0 or ending)
+        behind = machine.runs_behind(device) and not (val_due or save_due or ending)
+        while len(launched) > behind:
+            row = finish(*launched.pop(0))
+            if val_due and row["step"] == step:
+                val_loss, bits_per_byte = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes)
+                row |= {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
+                print0(f"step {step}: val loss {val_loss:.4f}, bits per byte {bits_per_byte or math.nan:.4f}")
+            if RANK == 0:
+                run.log(row)
+                bar.set_postfix_str(rundir.progress(row), refresh=False)
+                bar.update()
 
         # --- save ---
-        due = config.save_every > 0 and (step % config.save_every == 0 or step == last_step or stopping)
-        if due and RANK == 0:
+        if save_due and RANK == 0:
             with rundir.writing(run.path):
                 run.sync()
                 checkpoint.save(run.path, step, model, optimizer, described, config.keep_last)
         if stopping:
             break
-        if due or "val_loss" in row:  # not training time
+        if save_due or val_due:  # not training time
             machine.synchronize(device)
             clock = time.perf_counter()
     bar.close()

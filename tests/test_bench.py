@@ -180,10 +180,17 @@ def test_ratio():
 
 
 def test_step_times(monkeypatch):
-    """The last step's time has the wait for the device in it."""
-    clock = iter([0, 1, 3, 6, 10])
+    """The second step is launched before the first is waited for."""
+    clock, calls = iter([0, 1, 3, 6]), []
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
-    assert measure.step_times(lambda: None, 3, CPU) == [1000, 2000, 7000]
+
+    def step():
+        n = sum(call > 0 for call in calls) + 1
+        calls.append(n)
+        return lambda: calls.append(-n)
+
+    assert measure.step_times(step, 3, CPU) == [1000, 2000, 3000]
+    assert calls == [1, 2, -1, 3, -2, -3]
 
 
 # -----------------------------------------------------------------------------
@@ -218,7 +225,7 @@ def record_builds(monkeypatch):
     def recorded(config, device):
         step, held_mib = build(config, device)
         order.append(f"build {config.batch_size}")
-        return lambda: (order.append(config.batch_size), step()), held_mib
+        return lambda: (order.append(config.batch_size), step())[1], held_mib
 
     monkeypatch.setattr(bench, "build", recorded)
     monkeypatch.setattr(bench, "profile", lambda step, steps, device: {"kinds": dict.fromkeys(ALL_KINDS, 1.0),

@@ -28,10 +28,12 @@ from small import BATCH_TOKENS, VOCAB, T, assert_same_result, losses, metrics, s
 import checkpoint
 import rundir
 import train_gpt2
+from configs.recipes import TrainConfig
 from data.shards import write_shard
 from data.tokenizer import gpt2
 from memory import MIB, training_need
 from model import GPT, GPTConfig
+from optim import make_optimizer, update
 
 runs = small.runs
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=VOCAB)
@@ -685,6 +687,49 @@ def test_not_finite(runs, capsys, change, grad_clip):
     assert f"error: {reason}\n" in err and "Traceback" not in err
     assert runs(**options) == 0  # what was saved before is sound
     assert_same_result(runs.path, runs.out_dir / "whole")
+
+
+def test_not_finite_leaves_everything_as_it_was():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    optimizer = make_optimizer(layer, TrainConfig())
+
+    def step(factor):
+        loss = layer(torch.ones(3)).square().sum() * factor
+        loss.backward()
+        return update(layer, optimizer, loss.detach(), 1.0).tolist()
+
+    def everything():
+        state = [value for values in optimizer.state.values() for value in values.values()]
+        return [x.clone() for x in (*layer.parameters(), *state)]
+
+    assert all(math.isfinite(value) for value in step(1.0))
+    before = everything()
+    for factor in math.nan, math.inf:
+        assert not all(math.isfinite(value) for value in step(factor))
+        assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+        assert all(weight.grad is None for weight in layer.parameters())
+    step(1.0)
+    assert not any(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+
+
+@pytest.mark.parametrize("options", [{"save_every": 99}, {"save_every": 2, "val_every": 3},
+                                     {"save_every": 99, "stop_after": 4}])
+def test_one_step_behind_is_the_same_run(runs, monkeypatch, options):
+    """As on a GPU: a step is logged when the next one has been launched, or when something is due."""
+    assert runs(run_name="at once", max_steps=8, **options) == 0
+    monkeypatch.setattr(train_gpt2.machine, "runs_behind", lambda device: True)
+    assert runs(run_name="behind", max_steps=8, **options) == 0
+    assert_same_result(runs.out_dir / "behind", runs.out_dir / "at once")
+
+
+def test_not_finite_one_step_behind(runs, monkeypatch, capsys):
+    """The next step has been launched; nothing of it is logged or saved."""
+    monkeypatch.setattr(train_gpt2.machine, "runs_behind", lambda device: True)
+    run_with_loss(monkeypatch, lambda loss: loss * math.nan, from_call=1 + 3)
+    assert runs(save_every=2, val_every=0, max_steps=9) == 6
+    assert steps(runs.path) == [2] and len(metrics(runs.path)) == 2
+    assert status(runs.path)["reason"].startswith("step 3: loss nan")
 
 
 # -----------------------------------------------------------------------------
