@@ -4,8 +4,10 @@ What a training step, and each attention in it, holds in memory, in closed form.
 Shapes: B batch, T tokens in a sequence, C = n_embd, H heads, D head_dim, W window_size.
 """
 
+import math
 from dataclasses import dataclass
 
+from configs.recipes import TrainConfig
 from loss import CHUNK_TOKENS
 from model import GPTConfig
 
@@ -181,9 +183,44 @@ def num_params(config: GPTConfig) -> int:
     return config.vocab_size * config.n_embd + 12 * config.n_embd**2 * config.n_layer
 
 
-def training_need(config: GPTConfig, backend: str | None, B: int, T: int, micro_steps: int, loss: str) -> int:
-    """Peak in bytes of an update with AdamW on CUDA, compiled, in bf16; from the second one on."""
-    N, model = num_params(config), model_need(config, backend, B, T, loss)
-    moments, gradients = 8 * N, 4 * N
-    earlier = gradients if micro_steps > 1 else 0  # of the micro-steps before
-    return max(model.forward_peak + earlier, model.backward_peak + earlier, 4 * N + gradients) + moments
+# -----------------------------------------------------------------------------
+# the micro-batch of a run
+
+
+def training_need(config: GPTConfig, backend: str | None, B: int, T: int, shares: int, loss: str) -> int:
+    """
+    Peak in bytes of an update with AdamW on CUDA, compiled, in bf16, from the second one on. shares: micro-steps times
+    processes; with several the gradients stay, as sums or in DDP's buckets.
+    """
+    weights, model = 4 * num_params(config), model_need(config, backend, B, T, loss)
+    moments, gradients = 2 * weights, weights if shares > 1 else 0
+    return max(max(model.forward_peak, model.backward_peak) + gradients, 2 * weights) + moments
+
+
+def training_mib(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> float:
+    """The same for the options of a run, in MiB."""
+    backend, loss = config.window_backend or "flex", config.loss_backend or "fused"
+    return training_need(gpt_config, backend, batch_size, config.sequence_length, shares, loss) / MIB
+
+
+def divisors(n: int) -> list[int]:
+    """The largest first."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({n // d for d in small} | set(small), reverse=True)
+
+
+def largest_batch_size(config: TrainConfig, gpt_config: GPTConfig, sequences: int, processes: int, most: int,
+                       room_mib: float) -> int:
+    """Of the divisors of `sequences`, those of a process, the largest up to `most` that is predicted to fit, else 1."""
+    return next((n for n in divisors(sequences)
+                 if n <= most and training_mib(config, gpt_config, n, sequences // n * processes) < room_mib), 1)
+
+
+def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> str:
+    """What to change where this does not fit, and what that is predicted to save."""
+    needed_mib = training_mib(config, gpt_config, batch_size, shares)
+    for smaller in divisors(batch_size)[1:]:
+        saved_mib = needed_mib - training_mib(config, gpt_config, smaller, shares * batch_size // smaller)
+        if saved_mib >= 1:  # from one share to two the gradients stay
+            return f"--batch_size {smaller} is predicted to save {saved_mib:,.0f} MiB"
+    return "a smaller --batch_size saves nothing, a shorter --sequence_length or a smaller --model does"

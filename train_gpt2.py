@@ -42,7 +42,7 @@ from data.shards import Dataset, open_dataset
 from data.tokenizer import token_bytes
 from loss import choose_loss_backend
 from measure import block_mask_cost
-from memory import MIB, training_need
+from memory import largest_batch_size, memory_advice, training_mib
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizer, update
 
@@ -103,10 +103,8 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
                          f"{WORLD_SIZE} processes: use at least {T * WORLD_SIZE}")
     batch_size = config.batch_size
     if batch_size == "auto":
-        room_mib, largest = 0.95 * machine.total_mib(device), sequences if device.type == "cuda" else 8
-        fitting = (size for size in divisors(sequences) if size <= largest
-                   and predict_mib(config, gpt_config, size, sequences // size) < room_mib)
-        batch_size = next(fitting, 1)
+        most, room_mib = sequences if device.type == "cuda" else 8, 0.95 * machine.total_mib(device)
+        batch_size = largest_batch_size(config, gpt_config, sequences, WORLD_SIZE, most, room_mib)
     if rest or sequences % batch_size:
         raise ValueError(f"total_batch_tokens={config.total_batch_tokens} does not divide by sequence_length={T} x "
                          f"batch_size={batch_size} x {WORLD_SIZE} processes")
@@ -116,31 +114,9 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
            f"{model.flops_per_token(T):,} FLOPs per token")
     print0(f"update: {config.total_batch_tokens:,} tokens = {WORLD_SIZE} processes x {sequences // batch_size} "
            f"micro-steps x {batch_size} sequences x {T} tokens")
-    predicted_mib = predict_mib(config, gpt_config, batch_size, sequences // batch_size)
+    predicted_mib = training_mib(config, gpt_config, batch_size, sequences // batch_size * WORLD_SIZE)
     print0(f"predicted peak on a GPU, compiled, in bfloat16: {predicted_mib:,.0f} MiB")
     return batch_size, sequences // batch_size
-
-
-def divisors(n: int) -> list[int]:
-    """The largest first."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return sorted({n // d for d in small} | set(small), reverse=True)
-
-
-def predict_mib(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, micro_steps: int) -> float:
-    """Peak of a process on a GPU, compiled, in bfloat16."""
-    backend, loss = config.window_backend or "flex", config.loss_backend or "fused"
-    return training_need(gpt_config, backend, batch_size, config.sequence_length, micro_steps, loss) / MIB
-
-
-def out_of_memory(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, micro_steps: int) -> str:
-    """What to change, and what that is predicted to save."""
-    needed_mib = predict_mib(config, gpt_config, batch_size, micro_steps)
-    for smaller in divisors(batch_size)[1:]:
-        saved_mib = needed_mib - predict_mib(config, gpt_config, smaller, micro_steps * batch_size // smaller)
-        if saved_mib >= 1:  # from one micro-step to two the gradients stay in memory
-            return f"--batch_size {smaller} is predicted to save {saved_mib:,.0f} MiB"
-    return "a smaller --batch_size saves nothing, a shorter --sequence_length or a smaller --model does"
 
 
 def print0(*words, file=None):
@@ -413,7 +389,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         reason, code = train(config, gpt_config, device, batch_size, accumulation, run)
     except torch.OutOfMemoryError as error:
-        advice = out_of_memory(config, gpt_config, batch_size, accumulation)
+        advice = memory_advice(config, gpt_config, batch_size, accumulation * WORLD_SIZE)
         reason, code = f"out of memory: {advice} ({str(error).splitlines()[0]})", 1
     except Exception as error:
         reason, code = str(error), getattr(error, "exit_code", 1)
