@@ -63,7 +63,7 @@ class BenchConfig:
     window_backend: str | None = None
     """kernel of the sliding window; None: flex on CUDA, blocked elsewhere"""
     loss_backend: Literal["fused", "plain"] | None = None
-    """the loss without whole logits, or as one reads it; None: fused on CUDA in 16 bits, plain elsewhere"""
+    """the loss without whole logits, or as one reads it; None: fused on CUDA in bfloat16, else plain"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the matrix products; auto: bfloat16 on GPUs that have it"""
     compile: Literal["auto", "on", "off"] = "auto"

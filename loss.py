@@ -3,9 +3,9 @@ The loss: mean cross-entropy of the head's logits over the targets that are not 
 
 plain: the logits as one product, then F.cross_entropy in float32. With 65,536 tokens and 50,304 ids the logits take
 6.1 GiB in bfloat16, and are read and written several times.
-fused: in chunks of tokens, so that all logits never exist at once. A Triton kernel puts the logits' gradient in their
-place, and two products give the gradients of x and of the weight at once: backward only scales them (the idea of
-Liger, arXiv 2410.10989).
+fused: in chunks of 8,192 tokens, of which only one has its logits in memory. A Triton kernel puts the logits' gradient
+in their place, and two products give the gradients of x and of the weight at once: backward only scales them (the idea
+of Liger, arXiv 2410.10989).
 
 Shapes: N tokens of all sequences, C = n_embd, V = vocab_size.
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORED = -1  # target without loss
-CHUNK_TOKENS = 8192  # 0.8 GiB of logits in bfloat16
+CHUNK_TOKENS = 8192  # 0.8 GiB of logits; with fewer tokens than this, plain needs less memory
 
 
 def choose_loss_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -25,8 +25,8 @@ def choose_loss_backend(name: str | None, device: torch.device, dtype: torch.dty
     cannot = None
     if device.type != "cuda":
         cannot = f"serves CUDA only, not {device.type}"
-    elif dtype == torch.float32:
-        cannot = "computes in 16 bits, not float32"
+    elif dtype != torch.bfloat16:  # in float16 the gradient of a mean over many tokens is rounded to 0
+        cannot = f"computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
     elif importlib.util.find_spec("triton") is None:
         cannot = "needs Triton, which is not installed"
     if name == "fused" and cannot:

@@ -202,6 +202,7 @@ class GPT(nn.Module):
             if config.window_size is None:
                 raise ValueError(f"window_backend={window_backend!r} has no use: window_size is None")
         self.config, self.window_backend, self.loss_backend = config, window_backend, loss_backend
+        self.cross_entropy = None  # execution only, see `forward`
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),

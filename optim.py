@@ -21,7 +21,8 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
 def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, grad_clip: float):
     """
     Clips the gradient, updates the weights and drops the gradient. Returns (loss, norm of the gradient) as one float32
-    tensor on the device: where one of them is not finite the fused kernels leave all as it was, and no host waits.
+    tensor on the device: where one of them is not finite the kernels of CUDA and CPU leave all as it was, and no host
+    waits.
     """
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     report = torch.stack((loss.float(), grad_norm.float()))

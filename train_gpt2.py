@@ -104,6 +104,8 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
     batch_size = config.batch_size
     if batch_size == "auto":
         most, room_mib = sequences if device.type == "cuda" else 8, 0.95 * machine.total_mib(device)
+        if dtype == torch.float32:  # the prediction is for 16 bits
+            room_mib /= 2
         batch_size = largest_batch_size(config, gpt_config, sequences, WORLD_SIZE, most, room_mib)
     if rest or sequences % batch_size:
         raise ValueError(f"total_batch_tokens={config.total_batch_tokens} does not divide by sequence_length={T} x "
@@ -293,7 +295,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     clock, times, launched = time.perf_counter(), [], []  # times: s, of each step
 
     def finish(step: int, lr: float, read_report) -> dict:
-        """The row of a launched step, when the device is done with it. Raises NotFinite."""
+        """The row of a launched step, when the device is done with it; advances the clock. Raises NotFinite."""
         nonlocal clock, time_s
         (loss, grad_norm), now = read_report(), time.perf_counter()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -329,8 +331,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         ending = stopping or step == last_step
         val_due = config.val_every and (step % config.val_every == 0 or step == config.max_steps)
         save_due = config.save_every and (step % config.save_every == 0 or ending)
-        behind = machine.runs_behind(device) and not (val_due or save_due or ending)
-        while len(launched) > behind:
+        wait = val_due or save_due or ending or not machine.runs_behind(device)
+        while len(launched) > (0 if wait else 1):
             row = finish(*launched.pop(0))
             if val_due and row["step"] == step:
                 val_loss, bits_per_byte = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes)

@@ -25,8 +25,8 @@ class TrainConfig:
 
     # how much
     batch_size: int | Literal["auto"] = "auto"
-    """sequences per process and micro-step; auto: the most that divide the step and fit by prediction, without a GPU
-    at most 8"""
+    """sequences per process and micro-step; auto: the most that divide the step and fit by prediction (for a compiled
+    model), without a GPU at most 8"""
     sequence_length: int = 1024
     """tokens in a sequence"""
     total_batch_tokens: int = 65_536
@@ -82,7 +82,7 @@ class TrainConfig:
     window_backend: str | None = None
     """kernel of the sliding window: flex, flash or blocked (attention.py); None: flex on CUDA, blocked elsewhere"""
     loss_backend: Literal["fused", "plain"] | None = None
-    """the loss without whole logits, or as one reads it (loss.py); None: fused on CUDA in 16 bits, plain elsewhere"""
+    """the loss without whole logits, or as one reads it (loss.py); None: fused on CUDA in bfloat16, else plain"""
     wandb: bool = False
     """mirror the metrics to Weights & Biases (pip install wandb); offline without a key"""
 

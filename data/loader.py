@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from data.shards import Shard
+from loss import IGNORED
 from rundir import DataError
-
-IGNORED = -1  # the target that cross_entropy(ignore_index=-1) leaves out
 
 
 class Windows:

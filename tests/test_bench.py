@@ -179,8 +179,10 @@ def test_ratio():
     assert measure.ratio([[4, 4, 9], [6, 6, 6]], [[2, 2, 2], [4, 4, 1]]) == (6 / 2, [2, 1.5])
 
 
-def test_step_times(monkeypatch):
-    """The second step is launched before the first is waited for."""
+@pytest.mark.parametrize(("behind", "order"), [(False, [1, -1, 2, -2, 3, -3]), (True, [1, 2, -1, 3, -2, -3])])
+def test_step_times(monkeypatch, behind, order):
+    """On a GPU the second step is launched before the first is waited for."""
+    monkeypatch.setattr(measure.machine, "runs_behind", lambda device: behind)
     clock, calls = iter([0, 1, 3, 6]), []
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
 
@@ -190,7 +192,7 @@ def test_step_times(monkeypatch):
         return lambda: calls.append(-n)
 
     assert measure.step_times(step, 3, CPU) == [1000, 2000, 3000]
-    assert calls == [1, 2, -1, 3, -2, -3]
+    assert calls == order
 
 
 # -----------------------------------------------------------------------------

@@ -100,11 +100,13 @@ def test_kernel_in_the_interpreter():
     (None, CUDA, torch.float32, True, "plain"),
     (None, CUDA, torch.bfloat16, False, "plain"),
     (None, CUDA, torch.bfloat16, True, "fused"),
-    ("plain", CUDA, torch.float16, True, "plain"),
-    ("fused", CUDA, torch.float16, True, "fused"),
+    ("plain", CUDA, torch.bfloat16, True, "plain"),
+    ("fused", CUDA, torch.bfloat16, True, "fused"),
+    (None, CUDA, torch.float16, True, "plain"),
+    ("fused", CUDA, torch.float16, True, "'fused' computes in bfloat16, not float16: use 'plain'"),
     ("fused", CPU, torch.bfloat16, True, "'fused' serves CUDA only, not cpu: use 'plain'"),
-    ("fused", CUDA, torch.float32, True, "'fused' computes in 16 bits, not float32: use 'plain'"),
-    ("fused", CUDA, torch.float16, False, "'fused' needs Triton, which is not installed: use 'plain'"),
+    ("fused", CUDA, torch.float32, True, "'fused' computes in bfloat16, not float32: use 'plain'"),
+    ("fused", CUDA, torch.bfloat16, False, "'fused' needs Triton, which is not installed: use 'plain'"),
     ("fast", CPU, torch.float32, True, "'fast' must be one of plain, fused"),
 ])
 def test_which_form(monkeypatch, name, device, dtype, triton, expected):

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import types
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -555,7 +556,7 @@ def test_mfu_is_the_stated_formula(runs, monkeypatch):
 def test_the_micro_batch_of_default_follows_the_memory_of_the_gpu(monkeypatch, gib, batch_size):
     monkeypatch.setattr(train_gpt2.machine, "total_mib", lambda device: gib * 1024)
     monkeypatch.setattr(GPT, "kernels", lambda *arguments: (None, "a kernel"))  # the real one asks the GPU
-    config = train_gpt2.recipe("default")
+    config = replace(train_gpt2.recipe("default"), dtype="bfloat16")
     plan = train_gpt2.plan(config, train_gpt2.variant("d12"), torch.device("cuda"))
     assert plan == (batch_size, 64 // batch_size)
 
