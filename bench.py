@@ -34,7 +34,6 @@ from configs.variants import model_name, variant
 from files import write_json
 from floor import measure_floor
 from kernels import ALL_KINDS, profile
-from loss import choose_loss_backend
 from measure import ratio, step_times
 from memory import MIB
 from model import GPT, GPTConfig
@@ -93,10 +92,8 @@ class BenchConfig:
         if W is not None and W > T:
             raise ValueError(f"window_size={W} is more than sequence_length={T}")
         with torch.device("meta"):
-            model = GPT(self.gpt, self.window_backend)  # raises for a back end that is unknown or has no use
-        dtype = machine.matmul_dtype(device, self.dtype)
-        model.kernels(T, device, dtype)
-        choose_loss_backend(self.loss_backend, device, dtype)
+            model = GPT(self.gpt, self.window_backend, self.loss_backend)  # raises for one unknown or without use
+        model.kernels(T, device, machine.matmul_dtype(device, self.dtype))
 
 
 @dataclass(frozen=True)

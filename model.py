@@ -246,14 +246,15 @@ class GPT(nn.Module):
 
     def kernels(self, T: int, device: torch.device, dtype: torch.dtype):
         """
-        (Back end of the windows, kernel of scaled_dot_product_attention) at sequence length T, None for one that has no
-        use or is torch's choice. ValueError, in one line, where none serves.
+        (Back end of the windows, kernel of scaled_dot_product_attention, form of the loss) at sequence length T, None
+        for one that has no use or is torch's choice. ValueError, in one line, where none serves.
         """
+        loss = choose_loss_backend(self.loss_backend, device, dtype)
         n_windowed, head_dim = len(self.windowed_attentions()), self.config.head_dim
         backend = choose_window_backend(self.window_backend, head_dim, device, dtype) if n_windowed else None
         if backend != "blocked" and n_windowed == self.config.n_layer:
-            return backend, None
-        return backend, sdpa_choice(T, head_dim, device, dtype, masked=backend == "blocked")
+            return backend, None, loss
+        return backend, sdpa_choice(T, head_dim, device, dtype, masked=backend == "blocked"), loss
 
     def forward(self, idx, targets=None):
         """
@@ -261,10 +262,10 @@ class GPT(nn.Module):
         mean cross-entropy in nats over the targets that are not -1.
         """
         (B, T), device, dtype = idx.shape, idx.device, self.compute_dtype(idx.device)
-        backend, sdpa = self.kernels(T, device, dtype)
+        backend, sdpa, loss = self.kernels(T, device, dtype)
         for attention in self.windowed_attentions():
             attention.prepare(backend, B, T, device, dtype)
-        self.cross_entropy = LOSS[choose_loss_backend(self.loss_backend, device, dtype)]
+        self.cross_entropy = LOSS[loss]
         with use_sdpa(sdpa):
             return self.run(idx, targets, *rotary_tables(T, self.config.head_dim, device))
 

@@ -40,7 +40,6 @@ from configs.variants import VARIANTS, model_name, variant
 from data.loader import Windows, micro_batch, train_order, val_batches
 from data.shards import Dataset, open_dataset
 from data.tokenizer import token_bytes
-from loss import choose_loss_backend
 from measure import block_mask_cost
 from memory import largest_batch_size, memory_advice, training_mib
 from model import GPT, GPTConfig
@@ -87,13 +86,12 @@ def parse_options(arguments: list[str] | None) -> tuple[Options, torch.device]:
 def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tuple[int, int]:
     """Sequences per process and micro-step, and micro-steps per update. ValueError where they do not divide."""
     with torch.device("meta"):
-        model = GPT(gpt_config, config.window_backend)
+        model = GPT(gpt_config, config.window_backend, config.loss_backend)
     T, window_size = config.sequence_length, gpt_config.window_size
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
     dtype = machine.matmul_dtype(device, config.dtype)
     model.kernels(T, device, dtype)  # raises if none can serve here
-    choose_loss_backend(config.loss_backend, device, dtype)
 
     if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
         raise ValueError(f"{RANK=} and {WORLD_SIZE=} in the environment are not torchrun's: unset them")
