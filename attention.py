@@ -156,10 +156,11 @@ def window_block_mask(T: int, W: int, device: torch.device) -> BlockMask:
     width = max(len(full), len(partial))  # torch 2.11 reads both lists with the strides of one
 
     def blocks(distances, direction):
-        """How many blocks there are at these distances (1, 1, n), and which (1, 1, n, width); the nearest first."""
+        """How many blocks there are at these distances (1, 1, n), and which (1, 1, n, width), in order of position."""
         other = index[:, None] + direction * torch.tensor(distances + [n] * (width - len(distances)))  # (n, width)
         inside = (other >= 0) & (other < n)
-        counts, indices = inside.sum(dim=1).int(), other.clamp(0, n - 1).int()
+        in_order = torch.where(inside, other, n).sort(dim=1).values  # for the kernels the last is what T cuts short
+        counts, indices = inside.sum(dim=1).int(), in_order.clamp(max=n - 1).int()
         return counts[None, None].to(device), indices[None, None].to(device)
 
     def visible(b, h, q_idx, kv_idx):

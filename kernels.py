@@ -76,8 +76,8 @@ def profile(step: Callable[[], object], steps: int, device: torch.device) -> dic
     schedule = torch.profiler.schedule(wait=0, warmup=1, active=1)
     with machine.profiler(device, schedule=schedule) as profiler:
         step()
-        profiler.step()
         machine.synchronize(device)
+        profiler.step()
         clock = time.perf_counter()
         for _ in range(steps):
             step()

@@ -90,8 +90,8 @@ linear_cross_entropy.register_autograd(scale_gradients, setup_context=keep_gradi
 
 def cross_entropy_(logits, targets, losses, n_targets):
     """Writes each row's loss, and in place of the logits (n, V) the gradient of the mean over n_targets targets."""
-    cross_entropy_kernel()[(len(logits),)](logits, targets, losses, n_targets, logits.size(1), IGNORED, BLOCK=4096,
-                                           num_warps=8)
+    cross_entropy_kernel()[(len(logits),)](logits, targets, losses, n_targets, logits.size(1), IGNORED, BLOCK=8192,
+                                           num_warps=16)
 
 
 @functools.cache

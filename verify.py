@@ -49,6 +49,7 @@ from rundir import BAD_OPTION, INTERRUPTED
 B, H = 2, 3
 SHAPES = [(T, W) for T in (256, 300) for W in (1, 2, 127, 128, 129, T, None)]  # (T, W)
 SHAPES += [(640, 300), (32, 8), (100, 40)]  # several whole blocks of flex; fewer tokens than a block
+SHAPES += [(150, 2), (300, 130)]  # the last query's partial blocks are all there are, the last of them cut short
 NAMES = ("out", "dq", "dk", "dv")
 LIMIT = 2  # error over that of plain attention
 

@@ -114,6 +114,27 @@ def test_window_block_mask_equals_dense_mask(T):
             assert full is None or full.stride() == partial.stride(), "torch 2.11 reads both with the strides of one"
 
 
+@pytest.mark.parametrize("T", [1, 129, 150, 193, 256, 300, 500])
+@pytest.mark.parametrize("tile", [16, 32, 64, 128])
+def test_flex_finds_every_visible_pair_in_the_lists(T, tile):
+    """Its kernels read the lists in tiles, of each no more than ceil(T / tile): what T cuts short has to come last."""
+    for window in (1, 2, 64, 127, 129, 130, 255, 257, 300, T):
+        mask = window_block_mask(T, window, torch.device("cpu"))
+        n_tiles = -(-T // tile)
+        for by_query, names in (True, ("kv", "full_kv")), (False, ("q", "full_q")):
+            read = torch.zeros(1024, 1024, dtype=torch.bool)
+            for name in names:
+                counts, indices = getattr(mask, f"{name}_num_blocks"), getattr(mask, f"{name}_indices")
+                for row in range(0 if counts is None else counts.size(-1)):
+                    here = [128 * block.item() + start for block in indices[0, 0, row][: counts[0, 0, row]]
+                            for start in range(0, 128, tile)]
+                    for start in here[:n_tiles]:
+                        read[128 * row : 128 * row + 128, start : start + tile] = True
+            read = (read if by_query else read.T)[:T, :T]
+            q_idx, kv_idx = torch.arange(T)[:, None], torch.arange(T)
+            assert read[(q_idx >= kv_idx) & (q_idx - kv_idx < window)].all(), f"window {window}, {names}"
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("T", "window"), [(1, 1), (40, 7), (129, 128), (300, 129), (300, 1000)])
 def test_flex_attention_with_the_mask_equals_dense(T, window):

@@ -322,6 +322,7 @@ def test_gpu_command(options, tmp_path, capsys, fresh_compiler):
     for kind in ("attention", "loss", "matrix product", "optimizer", "activation", "embedding", "norm and rotary"):
         assert kinds[kind] > 0, kind
     assert kinds["other"] < 0.1 * kinds["matrix product"] and setting["peak_mib"] > 1000
+    assert [kernel["calls"] for kernel in setting["kernels"] if kernel["kind"] == "loss"] == [1]  # of these steps alone
 
 
 @pytest.mark.gpu
