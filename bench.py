@@ -28,7 +28,7 @@ import tyro
 
 import machine
 from attention import forget_compiled
-from compiling import SlowPath
+from compiling import SlowPath, compiles
 from configs.recipes import TrainConfig
 from configs.variants import model_name, variant
 from files import write_json
@@ -61,12 +61,14 @@ class BenchConfig:
     """timed steps, of each turn if there are several"""
     window_backend: str | None = None
     """kernel of the sliding window; None: flex on CUDA, blocked elsewhere"""
-    loss_backend: Literal["fused", "plain"] | None = None
-    """the loss without whole logits, or as one reads it; None: fused on CUDA in bfloat16, else plain"""
+    kernels: Literal["fused", "plain"] | None = None
+    """of loss and rotary embedding: fused.py's, or as one reads it; None: fused on CUDA in bfloat16, else plain"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the matrix products; auto: bfloat16 on GPUs that have it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
+    recompute: bool = False
+    """compute GELU's output again in backward instead of keeping it; needs compile"""
     device: str = "auto"
     """auto, cuda or cpu"""
     out_dir: str = "runs/bench"
@@ -91,9 +93,11 @@ class BenchConfig:
         W, T = self.gpt.window_size, self.sequence_length
         if W is not None and W > T:
             raise ValueError(f"window_size={W} is more than sequence_length={T}")
+        if self.recompute and not compiles(self.compile, device):
+            raise ValueError("--recompute needs --compile on")
         with torch.device("meta"):
-            model = GPT(self.gpt, self.window_backend, self.loss_backend)  # raises for one unknown or without use
-        model.kernels(T, device, machine.matmul_dtype(device, self.dtype))
+            model = GPT(self.gpt, self.window_backend, self.kernels)  # raises for one unknown or without use
+        model.choose_kernels(T, device, machine.matmul_dtype(device, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -151,10 +155,10 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
 
 def build(config: BenchConfig, device: torch.device):
     """(a step as in train_gpt2.py, warmed up; MiB that stay between steps)."""
-    model = GPT(config.gpt, config.window_backend, config.loss_backend).to(device)
+    model = GPT(config.gpt, config.window_backend, config.kernels).to(device)
     optimizer = make_optimizer(model, TrainConfig())
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        model.compile()
+    if compiles(config.compile, device):
+        model.compile(config.recompute)
     dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     B, T = config.batch_size, config.sequence_length
@@ -232,7 +236,7 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
     times = [ms for times in figure["rounds_ms"] for ms in times]
     print(f"\n{model_name(config.gpt)}, {config.batch_size} x {config.sequence_length} tokens, {dtype}, "
           f"compile {config.compile}" + f", window by {config.window_backend}" * bool(config.window_backend)
-          + f", loss {config.loss_backend}" * bool(config.loss_backend))
+          + f", {config.kernels} kernels" * bool(config.kernels) + ", recompute" * config.recompute)
     print(f"{figure['step_ms']:,.2f} ms a step ({min(times):,.2f} to {max(times):,.2f}, {len(times)} steps), "
           f"{figure['tokens_per_s']:,.0f} tokens/s, "
           + (f"{figure['mfu']:.1%} MFU" if figure["mfu"] else "MFU unknown")

@@ -12,10 +12,16 @@ class SlowPath(RuntimeError):
     exit_code = 2
 
 
-def compile_static(function, **options):
+def compiles(option: str, device: torch.device) -> bool:
+    """on, off, or auto: on CUDA."""
+    return option == "on" or (option == "auto" and device.type == "cuda")
+
+
+def compile_static(function, recompute=False, **options):
     """
     torch.compile with static shapes into one graph. A call is compiled once for its shapes, dtypes, grad mode and
     autocast; where torch would compile it again for the same ones, or run it uncompiled, it raises SlowPath.
+    recompute: what takes no product to compute is not kept for backward, even if backward must write it anew.
     """
 
     name = function.__qualname__
@@ -34,7 +40,8 @@ def compile_static(function, **options):
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(autocast_dtype, ("cuda", "cpu"))
         key = (modes, *map(signature, arguments))
         try:
-            with torch.compiler.set_stance("fail_on_recompile" if key in seen else "default"):
+            with (torch.compiler.set_stance("fail_on_recompile" if key in seen else "default"),
+                  torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute)):
                 result = compiled(*arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise SlowPath(f"{name} has been compiled for {torch._dynamo.config.recompile_limit} shapes, torch's limit "

@@ -27,7 +27,7 @@ KINDS = {
     "optimizer": r"multi_tensor_apply|adam|foreach|lpnorm|vector_norm|norm(one|two)ops|optimizer",
     "activation": r"gelu|tanh",
     "embedding": r"embedding|index_select",
-    "norm and rotary": r"rms_?norm|rsqrt|triton_.*_(add|cat|mean|mul|neg|pow|sub)(_|$)|"
+    "norm and rotary": r"rms_?norm|rsqrt|rotate|triton_.*_(add|cat|mean|mul|neg|pow|sub)(_|$)|"
                        r"aten::(add|cat|mean|mul|neg|pow|sub)$",
 }
 ALL_KINDS = (*KINDS, "other", "idle")

@@ -5,10 +5,10 @@ Shapes: B batch, T tokens in a sequence, C = n_embd, H heads, D head_dim, W wind
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from configs.recipes import TrainConfig
-from loss import CHUNK_TOKENS
+from fused import CHUNK_TOKENS
 from model import GPTConfig
 
 MIB = 2**20
@@ -125,25 +125,27 @@ def block_mask_bytes(T: int, W: int) -> int:
     return n_lists * (4 * n + 4 * n * width)
 
 
-# In the compiled form, for each token and layer: vectors of n_embd in bf16 that backward reads, or the output.
+# In the compiled form with fused kernels, for each token and layer: vectors of n_embd in bf16 that backward reads.
 SAVED_VECTORS = {
     "input of c_attn": 1,
-    "q and k after the rotary embedding": 2,
-    "output of c_attn, of which v is a part": 3,
+    "q, k and v": 3,
     "input of c_proj": 1,
-    "residual stream after attention": 1,
     "input of c_fc": 1,
     "output of c_fc": 4,
     "GELU of it": 4,
-    "residual stream after the MLP": 1,
 }
 
 
-def layer_bytes(config: GPTConfig, backend: str | None, B: int, T: int) -> int:
-    """What a compiled layer leaves behind in forward beside its weights, its output included; bf16."""
+def layer_bytes(config: GPTConfig, backend: str | None, B: int, T: int, kernels="fused", recompute=False) -> int:
+    """What backward reads of a compiled layer beside its weights; bf16."""
     shape = Shape(B, T, config.n_head, config.head_dim, itemsize=2)
-    total = sum(SAVED_VECTORS.values()) * shape.vectors()
+    vectors = sum(SAVED_VECTORS.values()) + 2 * config.post_norm  # its inputs
+    if kernels == "plain":
+        vectors += 2 + 2 * config.qk_norm  # q and k after the rotary embedding, and before it
+    total = (vectors - SAVED_VECTORS["GELU of it"] * recompute) * shape.vectors()
     total += (1 + 2 * config.qk_norm) * shape.rows()  # logsumexp, and the scale of the norms of q and k
+    if not recompute:
+        total += 2 * 12 * config.n_embd**2  # bf16 copies of the weights
     if backend == "blocked" and config.window_size < T:
         W = config.window_size
         rest = shape.vectors((-(-T // W) - 1) * W)
@@ -152,31 +154,29 @@ def layer_bytes(config: GPTConfig, backend: str | None, B: int, T: int) -> int:
     return total
 
 
-def block_need(config: GPTConfig, backend: str | None, B: int, T: int) -> Need:
+def block_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="fused") -> Need:
     """One compiled model.Block in bf16 autocast; its weights and their gradients are float32."""
     C, x = config.n_embd, 2 * B * T * config.n_embd
-    alive = layer_bytes(config, backend, B, T)
-    alive += x * (config.post_norm and config.pre_norm)  # c_proj's output of the MLP; attention's replaces the stream
-    alive += 2 * 12 * C * C  # bf16 copies of the weights
+    read = 0 if config.pre_norm else x  # of its input, which c_attn has as its own input then
+    alive = layer_bytes(config, backend, B, T, kernels) - read + x  # x: the output
     first_gradient = (2 + 4) * 4 * C * C  # of the MLP's c_proj, the first that backward computes: bf16, then float32
-    return Need(saved=x + alive, forward_peak=alive, backward_peak=alive + first_gradient)
+    return Need(saved=alive + read, forward_peak=alive + x, backward_peak=alive + first_gradient)
 
 
-def model_need(config: GPTConfig, backend: str | None, B: int, T: int, loss: str = "fused") -> Need:
-    """The compiled GPT with targets, in bf16 autocast, its float32 weights included; loss: a name of loss.LOSS."""
+def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="fused", recompute=False) -> Need:
+    """The compiled GPT with targets, in bf16 autocast, its float32 weights included."""
     C, V, x = config.n_embd, config.vocab_size, 2 * B * T * config.n_embd
-    alive = 4 * num_params(config) + 2 * 12 * C * C * config.n_layer  # weights, bf16 copies of those in the layers
-    alive += config.n_layer * layer_bytes(config, backend, B, T)
-    alive += config.n_layer * 2 * x * (config.post_norm and config.pre_norm)  # the outputs of both c_proj
-    alive += x  # embedding
+    alive = 4 * num_params(config) + config.n_layer * layer_bytes(config, backend, B, T, kernels, recompute)
+    alive += x  # the residual stream
     head = 2 * V * C + x  # bf16 copy, and what it is applied to
-    if loss == "plain":  # backward peaks where the gradient of the logits has taken their place
+    gelu = 2 * 4 * x * recompute  # of the last layer in backward, and the gradient of its input
+    if kernels == "plain":  # backward peaks where the gradient of the logits has taken their place
         saved = alive + head + 2 * B * T * V
         return Need(saved=saved, forward_peak=saved, backward_peak=saved + 2 * V * C)  # bf16 gradient of the head
     gradients = x + 4 * V * C  # of x in bf16, of the head in float32
     logits = 2 * min(B * T, CHUNK_TOKENS) * V
     return Need(saved=alive + gradients, forward_peak=alive + head + gradients + logits,
-                backward_peak=alive + 2 * gradients)
+                backward_peak=alive + gradients + max(gradients, x + gelu))
 
 
 def num_params(config: GPTConfig) -> int:
@@ -187,20 +187,22 @@ def num_params(config: GPTConfig) -> int:
 # the micro-batch of a run
 
 
-def training_need(config: GPTConfig, backend: str | None, B: int, T: int, shares: int, loss: str) -> int:
+def training_need(config: GPTConfig, backend: str | None, B: int, T: int, shares: int, kernels="fused",
+                  recompute=False) -> int:
     """
     Peak in bytes of an update with AdamW on CUDA, compiled, in bf16, from the second one on. shares: micro-steps times
     processes; with several the gradients stay, as sums or in DDP's buckets.
     """
-    weights, model = 4 * num_params(config), model_need(config, backend, B, T, loss)
+    weights, model = 4 * num_params(config), model_need(config, backend, B, T, kernels, recompute)
     moments, gradients = 2 * weights, weights if shares > 1 else 0
     return max(max(model.forward_peak, model.backward_peak) + gradients, 2 * weights) + moments
 
 
 def training_mib(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> float:
     """The same for the options of a run, in MiB."""
-    backend, loss = config.window_backend or "flex", config.loss_backend or "fused"
-    return training_need(gpt_config, backend, batch_size, config.sequence_length, shares, loss) / MIB
+    backend, kernels = config.window_backend or "flex", config.kernels or "fused"
+    return training_need(gpt_config, backend, batch_size, config.sequence_length, shares, kernels,
+                         config.recompute) / MIB
 
 
 def divisors(n: int) -> list[int]:
@@ -218,9 +220,13 @@ def largest_batch_size(config: TrainConfig, gpt_config: GPTConfig, sequences: in
 
 def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> str:
     """What to change where this does not fit, and what that is predicted to save."""
-    needed_mib = training_mib(config, gpt_config, batch_size, shares)
+    needed_mib, options = training_mib(config, gpt_config, batch_size, shares), []
     for smaller in divisors(batch_size)[1:]:
         saved_mib = needed_mib - training_mib(config, gpt_config, smaller, shares * batch_size // smaller)
         if saved_mib >= 1:  # from one share to two the gradients stay
-            return f"--batch_size {smaller} is predicted to save {saved_mib:,.0f} MiB"
-    return "a smaller --batch_size saves nothing, a shorter --sequence_length or a smaller --model does"
+            options.append(f"--batch_size {smaller} is predicted to save {saved_mib:,.0f} MiB")
+            break
+    saved_mib = needed_mib - training_mib(replace(config, recompute=True), gpt_config, batch_size, shares)
+    if saved_mib >= 1:
+        options.append(f"--recompute {'' if options else 'is predicted to save '}{saved_mib:,.0f} MiB")
+    return ", ".join(options) or "no option saves anything, a smaller --model or a shorter --sequence_length does"

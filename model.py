@@ -5,7 +5,7 @@ Shapes: B batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V = 
 
 To try a new attention: add a field to GPTConfig, a subclass of CausalSelfAttention with its own `attend`,
 a line in `attention_class`, and a line in configs/variants.py. The tests pick it up from there.
-The kernels that compute attention are in attention.py.
+The kernels that compute attention are in attention.py; what fused.py has for CUDA is written here as one reads it.
 
 GPT-2: Radford et al. 2019. Rotary embedding: arXiv 2104.09864. RMSNorm: arXiv 1910.07467.
 """
@@ -13,14 +13,15 @@ GPT-2: Radford et al. 2019. Rotary embedding: arXiv 2104.09864. RMSNorm: arXiv 1
 import functools
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import fused
 from attention import WINDOW_ATTENTION, causal_attention, choose_window_backend, sdpa_choice, use_sdpa, window_tables
 from compiling import compile_static
-from loss import LOSS, choose_loss_backend
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -83,9 +84,27 @@ class GPTConfig:
 # parts
 
 
+class RMSNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2)). Backward reads the result, which what follows keeps as well, so that x need not be kept."""
+
+    @staticmethod
+    def forward(ctx, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+        y = (wide * scale).type_as(x)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, d_y):
+        y, scale = ctx.saved_tensors
+        y, d_wide = y.type_as(scale), d_y.type_as(scale)
+        return (scale * (d_wide - y * (d_wide * y).mean(-1, keepdim=True))).type_as(d_y)
+
+
 def norm(x):
-    """RMSNorm without weight over the last dimension; same shape and dtype (autocast alone would return float32)."""
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6).type_as(x)
+    """RMSNorm without weight over the last dimension; same shape and dtype."""
+    return RMSNorm.apply(x)
 
 
 def rotary_angles(position, head_dim: int):
@@ -108,11 +127,28 @@ def apply_rotary(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
 
 
+def rotate(qkv, cos, sin, qk_norm):
+    """q, k and v of qkv (B, T, 3, H, D), each (B, T, H, D): q and k normed if qk_norm, then turned."""
+    q, k, v = qkv.unbind(2)
+    if qk_norm:
+        q, k = norm(q), norm(k)
+    return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+
+
+def cross_entropy(x, weight, targets):
+    """Mean over the targets that are not -1, float32. x: (N, C), weight: (V, C), targets: (N,) int64."""
+    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=fused.IGNORED)
+
+
+PLAIN = SimpleNamespace(rotate=rotate, cross_entropy=cross_entropy)  # fused.py has both as well
+
+
 class CausalSelfAttention(nn.Module):
     """Projection, norm, rotary embedding, attention, output. A variant overrides `attend`."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.rotate = rotate  # execution only, see GPT.forward
         self.n_head, self.head_dim, self.qk_norm = config.n_head, config.head_dim, config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -124,10 +160,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         """x and the result: (B, T, C); cos, sin: (T, D / 2); cache: takes the place of `attend` when sampling."""
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, self.head_dim) for part in self.c_attn(x).split(C, dim=2))
-        if self.qk_norm:
-            q, k = norm(q), norm(k)
-        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        q, k, v = self.rotate(self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim), cos, sin, self.qk_norm)
         attend = self.attend if cache is None else cache.attend
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, T, H, D) -> (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
@@ -188,21 +221,20 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    config: what it computes. window_backend, loss_backend: which kernels compute a window (attention.py) and the loss
-    (loss.py), None is the fastest; all give the same function. seed: of the initial weights, drawn from a generator of
-    their own.
+    config: what it computes. window_backend: what computes a window (attention.py), kernels: plain, or fused for
+    `rotate` and `cross_entropy` of fused.py; None is the fastest, all give the same function. seed: of the initial
+    weights, drawn from a generator of their own.
     """
 
-    def __init__(self, config: GPTConfig, window_backend: str | None = None, loss_backend: str | None = None,
-                 seed: int = 0):
+    def __init__(self, config: GPTConfig, window_backend: str | None = None, kernels: str | None = None, seed: int = 0):
         super().__init__()
         if window_backend is not None:
             if window_backend not in WINDOW_ATTENTION:
                 raise ValueError(f"window_backend={window_backend!r} must be one of {', '.join(WINDOW_ATTENTION)}")
             if config.window_size is None:
                 raise ValueError(f"window_backend={window_backend!r} has no use: window_size is None")
-        self.config, self.window_backend, self.loss_backend = config, window_backend, loss_backend
-        self.cross_entropy = None  # execution only, see `forward`
+        self.config, self.window_backend, self.kernels = config, window_backend, kernels
+        self.cross_entropy = cross_entropy  # execution only, see `forward`
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -235,26 +267,29 @@ class GPT(nn.Module):
         windows = [self.config.layer_window(layer) or T for layer in range(self.config.n_layer)]
         return 6 * self.num_params() + sum(12 * self.config.n_embd * min(window, T) for window in windows)
 
-    def compile(self, **options):
-        """torch.compile of all that depends on idx; tables and block masks are made once, outside the graph."""
-        self.run = compile_static(self.run, **options)
+    def compile(self, recompute=False, **options):
+        """
+        torch.compile of all that depends on idx; tables and block masks are made once, outside the graph. recompute:
+        GELU's output, 4 C for each token and layer, is not kept for backward but computed again.
+        """
+        self.run = compile_static(self.run, recompute, **options)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Of the residual stream and the products; autocast alone would keep the stream in float32."""
         on = torch.is_autocast_enabled(device.type)
         return torch.get_autocast_dtype(device.type) if on else self.lm_head.weight.dtype
 
-    def kernels(self, T: int, device: torch.device, dtype: torch.dtype):
+    def choose_kernels(self, T: int, device: torch.device, dtype: torch.dtype):
         """
-        (Back end of the windows, kernel of scaled_dot_product_attention, form of the loss) at sequence length T, None
-        for one that has no use or is torch's choice. ValueError, in one line, where none serves.
+        (Back end of the windows, kernel of scaled_dot_product_attention, plain or fused) at sequence length T, None for
+        one that has no use or is torch's choice. ValueError, in one line, where none serves.
         """
-        loss = choose_loss_backend(self.loss_backend, device, dtype)
+        kernels = fused.choose_kernels(self.kernels, device, dtype)
         n_windowed, head_dim = len(self.windowed_attentions()), self.config.head_dim
         backend = choose_window_backend(self.window_backend, head_dim, device, dtype) if n_windowed else None
         if backend != "blocked" and n_windowed == self.config.n_layer:
-            return backend, None, loss
-        return backend, sdpa_choice(T, head_dim, device, dtype, masked=backend == "blocked"), loss
+            return backend, None, kernels
+        return backend, sdpa_choice(T, head_dim, device, dtype, masked=backend == "blocked"), kernels
 
     def forward(self, idx, targets=None):
         """
@@ -262,10 +297,13 @@ class GPT(nn.Module):
         mean cross-entropy in nats over the targets that are not -1.
         """
         (B, T), device, dtype = idx.shape, idx.device, self.compute_dtype(idx.device)
-        backend, sdpa, loss = self.kernels(T, device, dtype)
+        backend, sdpa, kernels = self.choose_kernels(T, device, dtype)
         for attention in self.windowed_attentions():
             attention.prepare(backend, B, T, device, dtype)
-        self.cross_entropy = LOSS[loss]
+        parts = fused if kernels == "fused" else PLAIN
+        self.cross_entropy = parts.cross_entropy
+        for block in self.transformer.h:
+            block.attn.rotate = parts.rotate
         with use_sdpa(sdpa):
             return self.run(idx, targets, *rotary_tables(T, self.config.head_dim, device))
 

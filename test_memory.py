@@ -48,6 +48,7 @@ import tyro
 from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
+import fused
 import machine
 from attention import WINDOW_ATTENTION, choose_window_backend, forget_compiled, sdpa_choice, use_sdpa
 from compiling import SlowPath, compile_static
@@ -214,13 +215,15 @@ def build(point: Point, device: torch.device, dtype: torch.dtype):
             backend = choose_window_backend(point.backend, config.head_dim, device, dtype)
             block.attn.prepare(backend, B, T, device, dtype)
         choice = sdpa_choice(T, config.head_dim, device, dtype, masked=point.backend == "blocked")
+        if fused.choose_kernels(None, device, dtype) == "fused":
+            block.attn.rotate = fused.rotate
     if point.part == "block":
         x, d_out = (torch.randn(B, T, config.n_embd, device=device, dtype=dtype) for _ in range(2))
         inputs, compiled = (x.requires_grad_(), *block.parameters()), compile_static(block.forward)
         run = partial(compiled, x, *tables)
     if point.part == "attention":
         *inputs, d_out = (torch.randn(B, T, config.n_head, config.head_dim, device=device, dtype=dtype).transpose(1, 2)
-                          for _ in range(4))  # (B, T, H, D) memory, as the model has it
+                          for _ in range(4))  # (B, T, H, D) memory
         run = partial(block.attn.attend, *(x.requires_grad_() for x in inputs))
 
     def forward():
@@ -263,7 +266,8 @@ def prepare(point: Point, device: torch.device):
             cost = block_mask_cost(point.T, point.W, device)
             measured |= dict(zip(("block_mask", "block_mask_peak", "block_mask_ms"), cost, strict=True))
         weights = sum(x.nbytes for x in inputs) if point.part == "model" else 0
-        read = sum(x.nbytes for x in inputs if not isinstance(x, torch.nn.Parameter))
+        reads_inputs = point.part == "attention" or not point.config.pre_norm
+        read = sum(x.nbytes for x in inputs if reads_inputs and not isinstance(x, torch.nn.Parameter))
         need = {"saved": alive + read, "forward_peak": forward_peak, "backward_peak": alive + backward_peak}
         row.measured = measured | {name: (n_bytes + weights) / MIB for name, n_bytes in need.items()}
         row.predicted = predict(point, sdpa, dtype.itemsize, torch.get_num_threads())

@@ -34,7 +34,7 @@ import data.shakespeare
 import machine
 import rundir
 from attention import KERNEL_NAMES
-from compiling import SlowPath
+from compiling import SlowPath, compiles
 from configs.recipes import TrainConfig, recipe, result_settings, run_name
 from configs.variants import VARIANTS, model_name, variant
 from data.loader import Windows, micro_batch, train_order, val_batches
@@ -86,12 +86,14 @@ def parse_options(arguments: list[str] | None) -> tuple[Options, torch.device]:
 def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tuple[int, int]:
     """Sequences per process and micro-step, and micro-steps per update. ValueError where they do not divide."""
     with torch.device("meta"):
-        model = GPT(gpt_config, config.window_backend, config.loss_backend)
+        model = GPT(gpt_config, config.window_backend, config.kernels)
     T, window_size = config.sequence_length, gpt_config.window_size
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
+    if config.recompute and not compiles(config.compile, device):
+        raise ValueError("--recompute needs --compile on")
     dtype = machine.matmul_dtype(device, config.dtype)
-    model.kernels(T, device, dtype)  # raises if none can serve here
+    model.choose_kernels(T, device, dtype)  # raises if none can serve here
 
     if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
         raise ValueError(f"{RANK=} and {WORLD_SIZE=} in the environment are not torchrun's: unset them")
@@ -224,7 +226,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         checkpoint.tidy(run.path, start)
 
     # --- model and optimizer, new or as saved ---
-    model = GPT(gpt_config, config.window_backend, config.loss_backend, config.seed).to(device)
+    model = GPT(gpt_config, config.window_backend, config.kernels, config.seed).to(device)
     optimizer = make_optimizer(model, config)
     if start > 0:
         saved = run.path / checkpoint.directory_name(start)
@@ -233,8 +235,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         print0(f"resuming from {saved}")
     elif config.init_from is not None:
         checkpoint.load_weights(weights_from or checkpoint.find(config.init_from, config.out_dir), model)
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        model.compile()
+    if compiles(config.compile, device):
+        model.compile(config.recompute)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
     dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -266,7 +268,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
            + (f" (val_tokens={config.val_tokens:,} is more than there are)" if config.val_tokens > n_val_total else ""))
 
     # --- one rehearsal, thrown away: it compiles, and shows which attention kernels really run ---
-    kernels = set(model.kernels(T, device, dtype)) & KERNEL_NAMES.keys()
+    kernels = set(model.choose_kernels(T, device, dtype)) & KERNEL_NAMES.keys()
 
     def rehearse():
         forward_backward(inputs, targets, synchronize=False)

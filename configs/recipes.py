@@ -81,8 +81,10 @@ class TrainConfig:
     """torch.compile; auto: on CUDA"""
     window_backend: str | None = None
     """kernel of the sliding window: flex, flash or blocked (attention.py); None: flex on CUDA, blocked elsewhere"""
-    loss_backend: Literal["fused", "plain"] | None = None
-    """the loss without whole logits, or as one reads it (loss.py); None: fused on CUDA in bfloat16, else plain"""
+    kernels: Literal["fused", "plain"] | None = None
+    """of loss and rotary embedding: fused.py's, or as one reads it; None: fused on CUDA in bfloat16, else plain"""
+    recompute: bool = False
+    """compute GELU's output again in backward: a quarter less memory, some 2 % more time; needs compile"""
     wandb: bool = False
     """mirror the metrics to Weights & Biases (pip install wandb); offline without a key"""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.shards import Shard
-from loss import IGNORED
+from fused import IGNORED
 from rundir import DataError
 
 

@@ -34,7 +34,7 @@ def parse(*arguments):
 OTHER = {  # a value that is not the default, where a rule below does not find one; some need a second option
     "model": "tiny", "recipe": "short700", "data": "fineweb10B", "out_dir": "elsewhere", "run_name": "mine",
     "batch_size": 1, "sequence_length": 512, "total_batch_tokens": 4096, "stop_after": 3, "init_from": "other",
-    "device": "cpu", "window_backend": "blocked", "loss_backend": "plain", "n_head": 6, "n_embd": 384,
+    "device": "cpu", "window_backend": "blocked", "kernels": "plain", "n_head": 6, "n_embd": 384,
     "window_size": 100, "window_pattern": "SL",
 }
 NEEDS = {"pre_norm": ["--post_norm"], "window_pattern": ["--window_size", "64"]}
@@ -121,7 +121,7 @@ def test_the_design_of_the_cpu_recipe():
 
 DO_NOT_CHANGE_THE_RESULT = {
     "model", "out_dir", "run_name", "batch_size", "stop_after", "val_every", "val_tokens", "save_every", "keep_last",
-    "resume", "verify_data", "device", "compile", "window_backend", "loss_backend", "wandb",
+    "resume", "verify_data", "device", "compile", "window_backend", "kernels", "recompute", "wandb",
 }  # the model is in the name already
 
 

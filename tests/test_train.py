@@ -32,7 +32,7 @@ import train_gpt2
 from configs.recipes import TrainConfig
 from data.shards import write_shard
 from data.tokenizer import gpt2
-from memory import MIB, training_need
+from memory import MIB, memory_advice, training_need
 from model import GPT, GPTConfig
 from optim import make_optimizer, update
 
@@ -552,13 +552,26 @@ def test_mfu_is_the_stated_formula(runs, monkeypatch):
         assert row["tokens_per_s"] == pytest.approx(128 / row["step_ms"] * 1000)
 
 
-@pytest.mark.parametrize("gib, batch_size", [(8, 8), (12, 16), (16, 32), (24, 32), (40, 64), (80, 64)])
+@pytest.mark.parametrize("gib, batch_size", [(6, 8), (8, 16), (12, 32), (16, 32), (24, 64), (80, 64)])
 def test_the_micro_batch_of_default_follows_the_memory_of_the_gpu(monkeypatch, gib, batch_size):
     monkeypatch.setattr(train_gpt2.machine, "total_mib", lambda device: gib * 1024)
-    monkeypatch.setattr(GPT, "kernels", lambda *arguments: (None, "a kernel"))  # the real one asks the GPU
+    monkeypatch.setattr(GPT, "choose_kernels", lambda *arguments: (None, "a kernel"))  # the real one asks the GPU
     config = replace(train_gpt2.recipe("default"), dtype="bfloat16")
     plan = train_gpt2.plan(config, train_gpt2.variant("d12"), torch.device("cuda"))
     assert plan == (batch_size, 64 // batch_size)
+
+
+def test_memory_advice():
+    config, d12 = train_gpt2.recipe("default"), train_gpt2.variant("d12")
+    assert memory_advice(config, d12, 64, 1) == (
+        "--batch_size 32 is predicted to save 7,755 MiB, --recompute 4,770 MiB")
+    assert memory_advice(config, d12, 1, 64) == "--recompute is predicted to save 234 MiB"
+    assert "--recompute" not in memory_advice(replace(config, recompute=True), d12, 64, 1)
+
+
+def test_recompute_is_the_compilers(runs, capsys):
+    assert runs(recompute=True) == 2
+    assert capsys.readouterr().err == "error: --recompute needs --compile on\n"
 
 
 def test_out_of_memory_is_one_line(runs, monkeypatch, capsys):
@@ -572,7 +585,7 @@ def test_out_of_memory_is_one_line(runs, monkeypatch, capsys):
                      err, re.MULTILINE) and "Traceback" not in err
     for name, options in ("one", {"batch_size": 1}), ("gradients", {"batch_size": 4}):  # which two micro-steps keep
         assert runs(run_name=name, **options) == 1
-        assert "saves nothing, a shorter --sequence_length" in capsys.readouterr().err
+        assert "no option saves anything, a smaller --model" in capsys.readouterr().err
 
 
 def test_no_place_for_shakespeare(runs, monkeypatch, capsys):
@@ -952,5 +965,5 @@ def test_gpu_memory_is_as_predicted(runs, fresh_compiler):
     assert runs(data=runs.directory / "long", device="cuda", model=model, vocab_size=50304, sequence_length=1024,
                 total_batch_tokens=tokens, batch_size=8, max_steps=3, learning_rate=1e-4, val_tokens=1024) == 0
     with torch.device("meta"):
-        predicted_mib = training_need(train_gpt2.VARIANTS[model], None, 8, 1024, 1, "fused") / MIB
+        predicted_mib = training_need(train_gpt2.VARIANTS[model], None, 8, 1024, 1) / MIB
     assert metrics(runs.path)[-1]["peak_mib"] == pytest.approx(predicted_mib, rel=0.05)

@@ -1,0 +1,241 @@
+"""
+Parts of model.py in fewer passes over memory, for CUDA: the same functions, their gradients written by hand.
+
+The logits of 65,536 tokens and 50,304 ids take 6.1 GiB in bfloat16, and the plain loss reads and writes them several
+times. `cross_entropy` goes in chunks of 8,192 tokens, of which only one has its logits in memory: a Triton kernel puts
+the logits' gradient in their place, and two products give the gradients of x and of the weight at once (the idea of
+Liger, arXiv 2410.10989). `rotate` turns and norms q and k where they lie, in one kernel, and one more gives the
+gradient of q, k and v: all that is kept for backward is what attention keeps as well.
+
+Shapes: B batch, T tokens in a sequence, N of all sequences, C = n_embd, H heads, D head_dim, V = vocab_size.
+"""
+
+import functools
+import importlib.util
+
+import torch
+
+IGNORED = -1  # target without loss
+CHUNK_TOKENS = 8192  # 0.8 GiB of logits; with fewer tokens than this, plain needs less memory
+HEADS = 32  # heads of tokens that a program of rotate's kernels works on
+
+
+def choose_kernels(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """plain or fused by name, or fused where it can serve. ValueError, in one line, where it cannot."""
+    cannot = None
+    if device.type != "cuda":
+        cannot = f"serves CUDA only, not {device.type}"
+    elif dtype != torch.bfloat16:  # in float16 the gradient of a mean over many tokens is rounded to 0
+        cannot = f"computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
+    elif importlib.util.find_spec("triton") is None:
+        cannot = "needs Triton, which is not installed"
+    if name not in (None, "plain", "fused"):
+        raise ValueError(f"kernels={name!r} must be one of plain, fused")
+    if name == "fused" and cannot:
+        raise ValueError(f"kernels='fused' {cannot}: use 'plain'")
+    return name or ("plain" if cannot else "fused")
+
+
+# -----------------------------------------------------------------------------
+# the loss
+
+
+def cross_entropy(x, weight, targets):
+    """model.cross_entropy. The logits and their gradient have the dtype of x; sums and d_weight are float32."""
+    return linear_cross_entropy(x, weight, targets)[0]
+
+
+@torch.library.custom_op("gpt2_variants::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, its gradient by x, its gradient by weight). An operator of its own: torch.compile takes it as it is."""
+    weight = weight.to(x.dtype)
+    n_targets = (targets != IGNORED).sum()
+    losses = torch.empty_like(targets, dtype=torch.float32)
+    d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+    memory = x.new_empty(min(len(x), CHUNK_TOKENS), len(weight))
+    for start in range(0, len(x), CHUNK_TOKENS):
+        rows = slice(start, start + CHUNK_TOKENS)
+        logits = torch.mm(x[rows], weight.T, out=memory[: len(x[rows])])
+        cross_entropy_(logits, targets[rows], losses[rows], n_targets)
+        torch.mm(logits, weight, out=d_x[rows])
+        if x.is_cuda:
+            torch.addmm(d_weight, logits.T, x[rows], out_dtype=torch.float32, out=d_weight)
+        else:
+            d_weight += logits.T.float() @ x[rows].float()
+    return losses.sum() / n_targets, d_x, d_weight
+
+
+@linear_cross_entropy.register_fake
+def _(x, weight, targets):
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
+
+
+def keep_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[1:])
+
+
+def scale_gradients(ctx, d_loss, *_):
+    d_x, d_weight = ctx.saved_tensors
+    return d_x * d_loss, d_weight * d_loss, None
+
+
+linear_cross_entropy.register_autograd(scale_gradients, setup_context=keep_gradients)
+
+
+def cross_entropy_(logits, targets, losses, n_targets):
+    """Writes each row's loss, and in place of the logits (n, V) the gradient of the mean over n_targets targets."""
+    cross_entropy_kernel()[(len(logits),)](logits, targets, losses, n_targets, logits.size(1), IGNORED, BLOCK=8192,
+                                           num_warps=16)
+
+
+@functools.cache
+def cross_entropy_kernel():
+    """One program per row: the logsumexp in one pass over the logits, their gradient in a second."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def cross_entropy(logits, targets, losses, n_targets, V: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+        row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+        logits += row * V
+        target = tl.load(targets + row)
+        largest, total = float("-inf"), 0.0
+        for start in range(0, V, BLOCK):
+            z = tl.load(logits + start + column, mask=start + column < V, other=float("-inf")).to(tl.float32)
+            before, largest = largest, tl.maximum(largest, tl.max(z))
+            total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest))
+        logsumexp = largest + tl.log(total)
+        counts = target != IGNORED
+        z_target = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
+        tl.store(losses + row, tl.where(counts, logsumexp - z_target, 0.0))
+        scale = tl.where(counts, 1 / tl.load(n_targets).to(tl.float32), 0.0)
+        for start in range(0, V, BLOCK):
+            inside = start + column < V
+            z = tl.load(logits + start + column, mask=inside, other=float("-inf")).to(tl.float32)
+            gradient = scale * (tl.exp(z - logsumexp) - tl.where(start + column == target, 1.0, 0.0))
+            tl.store(logits + start + column, gradient.to(logits.dtype.element_ty), mask=inside)
+
+    return cross_entropy
+
+
+# -----------------------------------------------------------------------------
+# rotary embedding and qk_norm
+
+
+def rotate(qkv, cos, sin, qk_norm):
+    """model.rotate; computes in float32. q, k and v are parts of one tensor."""
+    return Rotate.apply(qkv, cos, sin, qk_norm)
+
+
+class Rotate(torch.autograd.Function):
+    """Norm and rotation commute: y = rotate(x) / |x| gives both gradients without x, from y and the lengths."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, qk_norm):
+        y = qkv.clone()  # compiled, it takes the memory of qkv, which nothing else reads
+        scale = rotate_(y, cos, sin, qk_norm)
+        ctx.save_for_backward(y if qk_norm else None, scale, cos, sin)
+        return y.unbind(2)
+
+    @staticmethod
+    def backward(ctx, d_q, d_k, d_v):
+        return rotate_backward(d_q, d_k, d_v, *ctx.saved_tensors), None, None, None
+
+
+@torch.library.custom_op("gpt2_variants::rotate_", mutates_args=("qkv",))
+def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: bool) -> torch.Tensor:
+    """In place, qkv: (B, T, 3, H, D). Returns what the norm multiplied q and k by, float32 (2, B, T, H), or nothing."""
+    B, T, _, H, _ = qkv.shape
+    scale = cos.new_empty((2, B, T, H) if qk_norm else 0)
+    launch("forward", qkv.shape, qkv, cos, sin, scale, NORM=qk_norm)
+    return scale
+
+
+@rotate_.register_fake
+def _(qkv, cos, sin, qk_norm):
+    B, T, _, H, _ = qkv.shape
+    return cos.new_empty((2, B, T, H) if qk_norm else 0)
+
+
+@torch.library.custom_op("gpt2_variants::rotate_backward", mutates_args=())
+def rotate_backward(
+    d_q: torch.Tensor, d_k: torch.Tensor, d_v: torch.Tensor, y: torch.Tensor | None, scale: torch.Tensor,
+    cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of qkv (B, T, 3, H, D) from those of q, k and v (B, T, H, D); y: q, k, v, or None without qk_norm."""
+    d_q, d_k, d_v = d_q.contiguous(), d_k.contiguous(), d_v.contiguous()
+    B, T, H, D = d_q.shape
+    d_qkv = d_q.new_empty(B, T, 3, H, D)
+    launch("backward", d_qkv.shape, d_q, d_k, d_v, y, scale, cos, sin, d_qkv, NORM=y is not None)
+    return d_qkv
+
+
+@rotate_backward.register_fake
+def _(d_q, d_k, d_v, y, scale, cos, sin):
+    B, T, H, D = d_q.shape
+    return d_q.new_empty(B, T, 3, H, D)
+
+
+def launch(direction, shape, *tensors, NORM):
+    """A program for each HEADS heads of q, of k, and in backward of v; shape: of qkv."""
+    B, T, _, H, D = shape
+    n_rows, half = B * T * H, 1 << (D // 2 - 1).bit_length()
+    programs = -(-n_rows // HEADS), 3 if direction == "backward" else 2
+    rotate_kernels()[direction][programs](*tensors, n_rows, T, H=H, D=D, HALF=half, HEADS=HEADS, NORM=NORM)
+
+
+@functools.cache
+def rotate_kernels():
+    """A row is one head of one token, of the part of qkv that the second index of a program is."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def rotate_forward(qkv, cos, sin, scale, n_rows, T, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+                       HEADS: tl.constexpr, NORM: tl.constexpr):
+        part, row, column = tl.program_id(1), tl.program_id(0) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
+        inside = (row < n_rows)[:, None] & (column < D // 2)[None, :]
+        token = (row // H).to(tl.int64)
+        x = qkv + ((token * 3 + part) * H + row % H)[:, None] * D + column[None, :]
+        angle = (token % T)[:, None] * (D // 2) + column[None, :]
+        c, s = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+        x1 = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(x + D // 2, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            r = 1 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / D + 1e-6)
+            tl.store(scale + part * n_rows + row, r, mask=row < n_rows)
+            x1, x2 = x1 * r[:, None], x2 * r[:, None]
+        tl.store(x, (x1 * c - x2 * s).to(qkv.dtype.element_ty), mask=inside)
+        tl.store(x + D // 2, (x2 * c + x1 * s).to(qkv.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def rotate_backward(d_q, d_k, d_v, y, scale, cos, sin, d_qkv, n_rows, T, H: tl.constexpr, D: tl.constexpr,
+                        HALF: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr):
+        part, row, column = tl.program_id(1), tl.program_id(0) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
+        inside = (row < n_rows)[:, None] & (column < D // 2)[None, :]
+        token = (row // H).to(tl.int64)
+        at = ((token * 3 + part) * H + row % H)[:, None] * D + column[None, :]
+        d = d_v
+        if part == 0:
+            d = d_q
+        elif part == 1:
+            d = d_k
+        d += row.to(tl.int64)[:, None] * D + column[None, :]
+        d1 = tl.load(d, mask=inside, other=0.0).to(tl.float32)
+        d2 = tl.load(d + D // 2, mask=inside, other=0.0).to(tl.float32)
+        if part < 2:
+            if NORM:
+                y1 = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+                y2 = tl.load(y + at + D // 2, mask=inside, other=0.0).to(tl.float32)
+                r = tl.load(scale + part * n_rows + row, mask=row < n_rows, other=0.0)[:, None]
+                along = tl.sum(d1 * y1 + d2 * y2, axis=1)[:, None] / D
+                d1, d2 = (d1 - y1 * along) * r, (d2 - y2 * along) * r
+            angle = (token % T)[:, None] * (D // 2) + column[None, :]
+            c, s = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+            d1, d2 = d1 * c + d2 * s, d2 * c - d1 * s
+        tl.store(d_qkv + at, d1.to(d_qkv.dtype.element_ty), mask=inside)
+        tl.store(d_qkv + at + D // 2, d2.to(d_qkv.dtype.element_ty), mask=inside)
+
+    return {"forward": rotate_forward, "backward": rotate_backward}

@@ -1,0 +1,215 @@
+"""fused.py: plain and fused against float64."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused
+import model
+from configs.variants import variant
+from model import GPT, apply_rotary, norm, rotary_tables
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def inputs(dtype, device="cpu", N=20, C=32, V=5000):
+    """x, weight (float32, as parameters are) and targets, of which two do not count."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(N, C, generator=generator), 0.5 * torch.randn(V, C, generator=generator)
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[[3, 11]] = -1
+    if dtype == torch.float32:
+        x[5] *= 40  # logits of which exp is infinite
+    return x.to(device, dtype).requires_grad_(), weight.to(device).requires_grad_(), targets.to(device)
+
+
+def reference(x, weight, targets):
+    """Loss and gradients of 3 times the loss, in float64, of the values that the form computes with."""
+    x, weight = (value.detach().to(x.dtype).cpu().double().requires_grad_() for value in (x, weight))
+    targets = targets.cpu()
+    nats = -(x @ weight.T).log_softmax(1)[range(len(targets)), targets][targets >= 0].mean()
+    return nats.item(), torch.autograd.grad(3 * nats, (x, weight))
+
+
+def errors(form, x, weight, targets):
+    """Relative, of the loss and of both gradients."""
+    expected, gradients = reference(x, weight, targets)
+    autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16)
+    with autocast:
+        nats = form(x, weight, targets)
+    assert nats.dtype == torch.float32 and nats.shape == ()
+    found = torch.autograd.grad(3 * nats, (x, weight))
+    assert [value.dtype for value in found] == [x.dtype, torch.float32]
+    return [abs(nats.item() / expected - 1)] + [
+        ((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(found, gradients, strict=True)]
+
+
+def compare(x, weight, targets):
+    """Fused errs at most twice as much as plain."""
+    of_plain, of_fused = (errors(form.cross_entropy, x, weight, targets) for form in (model.PLAIN, fused))
+    assert max(of_plain) < (1e-6 if x.dtype == torch.float32 else 0.02)
+    assert all(b <= 2 * a + 1e-6 for a, b in zip(of_plain, of_fused, strict=True)), (of_plain, of_fused)
+
+
+def in_torch(logits, targets, losses, n_targets):
+    """What the kernel does."""
+    counts = targets >= 0
+    log_p = logits.float().log_softmax(1)
+    losses.copy_(torch.where(counts, -log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0))
+    one_hot = torch.nn.functional.one_hot(targets.clamp(min=0), logits.size(1))
+    logits.copy_((log_p.exp() - one_hot) * counts[:, None] / n_targets)
+
+
+@pytest.mark.parametrize("chunk", [7, 10, 20, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_in_chunks(monkeypatch, chunk, dtype):
+    """The chunks, the products and autograd, with torch in place of the kernel."""
+    monkeypatch.setattr(fused, "cross_entropy_", in_torch)
+    monkeypatch.setattr(fused, "CHUNK_TOKENS", chunk)
+    compare(*inputs(dtype))
+
+
+SHAPES = [((2, 5, 3, 16), True), ((2, 5, 3, 16), False), ((1, 33, 4, 32), True), ((2, 33, 5, 36), True),
+          ((3, 1, 1, 2), False)]  # of q, and whether it is normed
+
+
+def compare_rotate(dtype, device, shape, qk_norm):
+    """q, k, v and the gradient of qkv: fused errs at most as much as plain, or as rounding."""
+    B, T, H, D = shape
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(B, T, 3, H, D, generator=generator).to(device, dtype)
+    gradients = torch.randn(3, B, T, H, D, generator=generator).to(device, dtype).unbind()
+    cos, sin = rotary_tables(T, D, qkv.device)
+    results = []
+    for form, x in (model.PLAIN, qkv.double()), (model.PLAIN, qkv.clone()), (fused, qkv.clone()):
+        parts = form.rotate(x.requires_grad_(), cos.to(torch.promote_types(x.dtype, torch.float32)), sin, qk_norm)
+        assert all(part.dtype == x.dtype and part.shape == shape for part in parts)
+        results.append((*parts, *torch.autograd.grad(parts, x, [d.to(x.dtype) for d in gradients])))
+    rounding = torch.finfo(dtype).eps
+    for exact, of_plain, of_fused in zip(*results, strict=True):
+        error_of_plain, error = (((x.double() - exact).norm() / exact.norm()).item() for x in (of_plain, of_fused))
+        assert error <= error_of_plain + rounding / 4, (error, error_of_plain)
+
+
+def rotate_in_torch(direction, shape, *tensors, NORM):
+    """What the kernels do."""
+    if direction == "forward":
+        qkv, cos, sin, scale = tensors
+        for part in range(2):
+            x = qkv[:, :, part].float()
+            if NORM:
+                scale[part] = (x.square().mean(-1) + 1e-6).rsqrt()
+                x = x * scale[part][..., None]
+            qkv[:, :, part] = apply_rotary(x, cos, sin)
+        return
+    *gradients, y, scale, cos, sin, d_qkv = tensors
+    d_qkv[:, :, 2] = gradients[2]
+    for part in range(2):
+        d = gradients[part].float()
+        if NORM:
+            y_part = y[:, :, part].float()
+            d = (d - y_part * (d * y_part).mean(-1, keepdim=True)) * scale[part][..., None]
+        d_qkv[:, :, part] = apply_rotary(d, cos, -sin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "qk_norm"), SHAPES)
+def test_rotate(monkeypatch, dtype, shape, qk_norm):
+    """What is kept for backward, and autograd, with torch in place of the kernels."""
+    monkeypatch.setattr(fused, "launch", rotate_in_torch)
+    compare_rotate(dtype, "cpu", shape, qk_norm)
+
+
+def test_norm_and_its_gradient():
+    for dtype, limit in (torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01):
+        x = torch.randn(4, 7, 24, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        wide = x.detach().double().requires_grad_()
+        y, expected = norm(x), torch.nn.functional.rms_norm(wide, (24,), eps=1e-6)
+        assert y.dtype == dtype
+        d_y = torch.randn(4, 7, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+        (d_x,), (d_expected,) = torch.autograd.grad(y, x, d_y), torch.autograd.grad(expected, wide, d_y.double())
+        for a, b in (y, expected), (d_x, d_expected):
+            assert (a.double() - b).norm() <= limit * b.norm()
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_post_norm_qk_norm_window32"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_in_the_model(monkeypatch, name, compiled, fresh_compiler):
+    """Same loss, same gradients as plain."""
+    monkeypatch.setattr(fused, "cross_entropy_", in_torch)
+    monkeypatch.setattr(fused, "launch", rotate_in_torch)
+    idx, targets = torch.randint(512, (2, 2, 40), generator=torch.Generator().manual_seed(1))
+    results = []
+    for form in "plain", "fused":
+        gpt = GPT(variant(name))
+        if compiled:
+            gpt.compile(backend="aot_eager")
+        monkeypatch.setattr(fused, "choose_kernels", lambda *_, form=form: form)
+        nats = gpt(idx, targets)[1]
+        nats.backward()
+        results.append((nats, *(weight.grad for weight in gpt.parameters())))
+    for of_plain, of_fused in zip(*results, strict=True):
+        torch.testing.assert_close(of_fused, of_plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which torch for CUDA brings")
+def test_kernel_in_the_interpreter():
+    """In a process of its own: Triton asks for the interpreter once."""
+    code = ("import torch, fused; from tests.test_fused import *; fused.CHUNK_TOKENS = 7\n"
+            "for dtype in torch.float32, torch.bfloat16:\n"
+            "    compare(*inputs(dtype))\n"
+            "    for shape in SHAPES: compare_rotate(dtype, 'cpu', *shape)")
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
+@pytest.mark.parametrize(("name", "device", "dtype", "triton", "expected"), [
+    (None, CPU, torch.bfloat16, True, "plain"),
+    (None, CUDA, torch.float32, True, "plain"),
+    (None, CUDA, torch.bfloat16, False, "plain"),
+    (None, CUDA, torch.bfloat16, True, "fused"),
+    ("plain", CUDA, torch.bfloat16, True, "plain"),
+    ("fused", CUDA, torch.bfloat16, True, "fused"),
+    (None, CUDA, torch.float16, True, "plain"),
+    ("fused", CUDA, torch.float16, True, "'fused' computes in bfloat16, not float16: use 'plain'"),
+    ("fused", CPU, torch.bfloat16, True, "'fused' serves CUDA only, not cpu: use 'plain'"),
+    ("fused", CUDA, torch.float32, True, "'fused' computes in bfloat16, not float32: use 'plain'"),
+    ("fused", CUDA, torch.bfloat16, False, "'fused' needs Triton, which is not installed: use 'plain'"),
+    ("fast", CPU, torch.float32, True, "'fast' must be one of plain, fused"),
+])
+def test_which_form(monkeypatch, name, device, dtype, triton, expected):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: triton or None)
+    if expected in ("plain", "fused"):
+        assert fused.choose_kernels(name, device, dtype) == expected
+        return
+    with pytest.raises(ValueError) as caught:
+        fused.choose_kernels(name, device, dtype)
+    assert str(caught.value) == f"kernels={expected}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("N", [1000, 8192, 20_000])
+def test_gpu_fused(N):
+    """Needs a CUDA GPU: the kernel, at the size of GPT-2's vocabulary."""
+    compare(*inputs(torch.bfloat16, "cuda", N, 768, 50304))
+
+
+@pytest.mark.gpu
+def test_gpu_fused_needs_no_whole_logits():
+    """Needs a CUDA GPU: less than a third of what all logits in bfloat16 take."""
+    x, weight, targets = inputs(torch.bfloat16, "cuda", 65_536, 64, 50304)
+    fused.cross_entropy(x, weight, targets).backward()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fused.cross_entropy(x, weight, targets).backward()
+    assert torch.cuda.max_memory_allocated() - before < 65_536 * 50304 * 2 / 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "qk_norm"), [*SHAPES, ((4, 1024, 12, 64), True), ((4, 1024, 6, 128), False)])
+def test_gpu_rotate(shape, qk_norm):
+    """Needs a CUDA GPU: the kernels."""
+    compare_rotate(torch.bfloat16, "cuda", shape, qk_norm)
