@@ -85,10 +85,11 @@ def compare_rotate(dtype, device, shape, qk_norm):
     gradients = torch.randn(3, B, T, H, D, generator=generator).to(device, dtype).unbind()
     cos, sin = rotary_tables(T, D, qkv.device)
     results = []
-    for form, x in (model.PLAIN, qkv.double()), (model.PLAIN, qkv.clone()), (fused, qkv.clone()):
+    for form, x in (model.PLAIN, qkv.double()), (model.PLAIN, qkv), (fused, qkv.clone()):
         parts = form.rotate(x.requires_grad_(), cos.to(torch.promote_types(x.dtype, torch.float32)), sin, qk_norm)
         assert all(part.dtype == x.dtype and part.shape == shape for part in parts)
         results.append((*parts, *torch.autograd.grad(parts, x, [d.to(x.dtype) for d in gradients])))
+    assert torch.equal(x, qkv), "changed in place"
     rounding = torch.finfo(dtype).eps
     for exact, of_plain, of_fused in zip(*results, strict=True):
         error_of_plain, error = (((x.double() - exact).norm() / exact.norm()).item() for x in (of_plain, of_fused))
