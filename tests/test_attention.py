@@ -163,6 +163,29 @@ def compiled(fresh_compiler):
     return compile_static(plus, backend="eager")
 
 
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, d):
+        return 2 * d
+
+
+def twice(x):
+    return Twice.apply(x)
+
+
+def test_a_backward_of_its_own_comes_from_the_cache(tmp_path, monkeypatch, fresh_compiler):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for hits in 0, 1:
+        kernels.forget_compiled()
+        torch._dynamo.utils.counters.clear()
+        compile_static(twice)(torch.ones(3, requires_grad=True)).sum().backward()
+        assert torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"] == hits
+
+
 def test_each_shape_and_grad_mode_is_compiled_once(compiled):
     torch._dynamo.utils.counters.clear()
     x = torch.ones(3, requires_grad=True)
