@@ -71,13 +71,16 @@ def causal_attention(q, k, v):
 # causal window
 
 
+FLEX_HEADS = range(16, 257)
+
+
 def choose_window_backend(name: str | None, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
     """The back end by name, or flex on CUDA and blocked elsewhere. ValueError, in one line, where it cannot serve."""
     backend = name or ("flex" if device.type == "cuda" else "blocked")
     cannot = None
     if backend != "blocked" and device.type != "cuda":
         cannot = f"serves CUDA only, not {device.type}: use 'blocked'"
-    elif backend == "flex" and not 16 <= head_dim <= 256:
+    elif backend == "flex" and head_dim not in FLEX_HEADS:
         cannot = f"has no kernel for heads of {head_dim}, only from 16 to 256: use 'blocked'"
     elif backend == "flash" and dtype not in (torch.bfloat16, torch.float16):
         cannot = f"computes in 16 bits, not {str(dtype).removeprefix('torch.')}: use 'flex' or 'blocked'"
@@ -85,10 +88,10 @@ def choose_window_backend(name: str | None, head_dim: int, device: torch.device,
         cannot = f"has no kernel for heads of {head_dim}, only for multiples of 8 up to 256: use 'flex' or 'blocked'"
     elif backend == "flash" and torch.cuda.get_device_capability(device) < (8, 0):
         cannot = "needs an Ampere GPU or newer: use 'blocked'"
+    if cannot or backend == "blocked":
+        sdpa_choice(2, head_dim, device, dtype, masked=True)  # raises for heads that blocked cannot serve either
     if cannot:
         raise ValueError(f"window_backend={backend!r} {cannot}")
-    if backend == "blocked":
-        sdpa_choice(2, head_dim, device, dtype, masked=True)  # raises for heads that it cannot serve
     return backend
 
 

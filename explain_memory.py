@@ -213,7 +213,8 @@ def main() -> int:
     try:
         machine.select_device("cuda")
     except ValueError as error:
-        print(f"error: explain_memory.py measures a CUDA GPU: {error}", file=sys.stderr)
+        reason = str(error).split(". To go on without it")[0]
+        print(f"error: explain_memory.py measures a CUDA GPU: {reason}", file=sys.stderr)
         return BAD_OPTION
     warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
     versions = machine.versions(torch.device("cuda", 0))

@@ -19,7 +19,7 @@ Closed form of attention alone, with x the bytes of one of q, k, v, out, and r =
   flex          4 x + r   4 x + 2 r                out, dq, dk, dv, logsumexp, delta
   cuDNN, flash  4 x + r   4 x + 2 r + 4 B T C      and dq in float32; flash pads each sequence by 128 tokens
   blocked       10 x      14 to 16 x               keys and values twice; each step is a copy
-A block saves 19 x: input, output and 17 between them. A layer of the model saves as much.
+A block saves 15 x: its output and 14 before it (memory.SAVED_VECTORS), a layer of the model these 14.
 
 On CUDA three things are judged: flex needs no more than CausalSelfAttention's default kernel at every point (the
 higher peak and the block mask, to 0.1 MiB); the predictions of these two are within 5 % at points on which no constant
@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 import fused
 import machine
-from attention import WINDOW_ATTENTION, choose_window_backend, forget_compiled, sdpa_choice, use_sdpa
+from attention import FLEX_HEADS, WINDOW_ATTENTION, choose_window_backend, forget_compiled, sdpa_choice, use_sdpa
 from compiling import SlowPath, compile_static
 from configs.variants import variant
 from files import write_json
@@ -454,18 +454,20 @@ def run(config: MemoryConfig) -> int:
     if device.type != "cuda":
         device = torch.device("cpu")
     check_writable(out_dir)
-    choose_window_backend("flex", gpt.head_dim, torch.device("cuda"), torch.bfloat16)
+    if device.type == "cuda":
+        choose_window_backend("flex", gpt.head_dim, device, torch.bfloat16)
     points = all_points(config, device.type)
     print(machine.describe(device), flush=True)
     heads, on_cuda = f"{gpt.n_head} heads of {gpt.head_dim}", device.type == "cuda"
     title = f"{heads}, {str(machine.matmul_dtype(device)).removeprefix('torch.')}, {machine.device_name(device)}"
 
     predictions = []
-    if not on_cuda:
+    if not on_cuda and gpt.head_dim in FLEX_HEADS:  # at a GPU's default sizes: those of the options are for a CPU
         default = replace(config, sequence_lengths=(), window_sizes=(), tokens=None)
         predictions = [predict_gpu(point) for point in all_points(default, "cuda")]
-        print("\nPREDICTIONS for a Hopper GPU: nothing in these tables is measured")
+        print("\nPREDICTIONS for a Hopper GPU at its default sizes: nothing in these tables is measured")
         show(predictions, f"{heads}, bfloat16")
+    if not on_cuda:
         print(f"\nMEASURED on this CPU, torch threads: {torch.get_num_threads()}")
     clock = time.perf_counter()
     rows = measure_all(points, device)

@@ -44,6 +44,13 @@ def test_greedy_is_equal_to_recomputing(config, n_prompt, chunk, monkeypatch):
         logits = cache.feed(token)
 
 
+def test_a_long_prompt_goes_in_chunks(monkeypatch):
+    seen, run = [], KVCache.run
+    monkeypatch.setattr(KVCache, "run", lambda self, idx, at: seen.append(idx.size(1)) or run(self, idx, at))
+    KVCache(model_of(next(iter(SMALL))), 1000).feed(torch.zeros(1, 600, dtype=torch.int64))
+    assert seen == [256, 256, 88]
+
+
 def n_elements(cache):
     return [layer.keys.numel() + layer.values.numel() for layer in cache.layers]
 
@@ -104,7 +111,7 @@ def test_gpu_memory_is_flat_over_100_000_tokens():
     before = torch.cuda.memory_allocated()
     for _ in range(99_998):
         token = cache.feed(token).argmax(1, keepdim=True)
-    assert cache.n_tokens == 100_000
+    assert cache.n_tokens == 100_000 and n_elements(cache) == [2 * 32 * 64] * 2
     assert torch.cuda.max_memory_allocated() - before < 2**20 and torch.cuda.memory_allocated() - before < 2**14
 
 

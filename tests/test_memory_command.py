@@ -313,6 +313,26 @@ def test_a_wrong_prediction_is_exit_code_1(ask, monkeypatch):
     assert "some judged points miss" in out
 
 
+def test_heads_without_a_flex_kernel_have_no_predictions_for_a_gpu(ask):
+    code, out, _ = ask(head_dim=8)
+    assert code == 0 and "PREDICTIONS" not in out and "all judged points hold" in out
+
+
+@pytest.mark.parametrize(("changes", "code"), [({}, 0), ({"backward_peak": 581.0}, 1), ({"saved": 300.0}, 1)])
+def test_the_exit_code_on_a_gpu(ask, monkeypatch, changes, code):
+    """The GPU and what is measured on it are made up: more than full attention, or off the prediction, is a miss."""
+    made = rows(both_ms=1.0, **changes)
+    for row in made:
+        row.measured |= {"forward_ms": 1.0, "both_ms": 2.0}
+    if "backward_peak" in changes:
+        made[1].predicted |= changes
+    for name, value in ("select_device", torch.device("cuda")), ("describe", "a GPU"), ("device_name", "H100"), (
+            "matmul_dtype", torch.bfloat16), ("versions", {}):
+        monkeypatch.setattr(machine, name, lambda *_, value=value: value)
+    monkeypatch.setattr(test_memory, "measure_all", lambda points, device: made)
+    assert ask()[0] == code
+
+
 def test_the_plots(monkeypatch, tmp_path):
     """A panel for each part and window; full attention in each of them, a back end where it was measured."""
     from matplotlib.figure import Figure
@@ -339,7 +359,7 @@ def test_the_plots(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("options", "expected"), [
     ({"window_sizes": 0}, "window_sizes=0"), ({"window_sizes": -1}, "window_sizes=-1"), ({"n_head": 0}, "n_head=0"),
     ({"window_sizes": 65}, "65 is larger than the sequence length 64"), ({"sequence_lengths": 0}, "sequence_lengths=0"),
-    ({"tokens": 99}, "100 is larger than tokens=99"), ({"head_dim": 8}, "no kernel for heads of 8"),
+    ({"tokens": 99}, "100 is larger than tokens=99"),
     ({"head_dim": 17}, "17 must be even"), ({"model": "d13"}, "unknown model 'd13'"), ({"device": "mps"}, "auto, cuda"),
     ({"windows": 4}, "windows")])
 def test_bad_options(ask, options, expected):
