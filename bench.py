@@ -67,8 +67,8 @@ class BenchConfig:
     """of the matrix products; auto: bfloat16 on GPUs that have it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
-    recompute: bool = False
-    """compute GELU's output again in backward instead of keeping it; needs compile"""
+    recompute_gelu: bool = False
+    """keep GELU's input alone for backward, not its output; needs compile"""
     device: str = "auto"
     """auto, cuda or cpu"""
     out_dir: str = "runs/bench"
@@ -93,8 +93,8 @@ class BenchConfig:
         W, T = self.gpt.window_size, self.sequence_length
         if W is not None and W > T:
             raise ValueError(f"window_size={W} is more than sequence_length={T}")
-        if self.recompute and not compiles(self.compile, device):
-            raise ValueError("--recompute needs --compile on")
+        if self.recompute_gelu and not compiles(self.compile, device):
+            raise ValueError("--recompute_gelu needs --compile on")
         with torch.device("meta"):
             model = GPT(self.gpt, self.window_backend, self.kernels)  # raises for one unknown or without use
         model.choose_kernels(T, device, machine.matmul_dtype(device, self.dtype))
@@ -158,7 +158,7 @@ def build(config: BenchConfig, device: torch.device):
     model = GPT(config.gpt, config.window_backend, config.kernels).to(device)
     optimizer = make_optimizer(model, TrainConfig())
     if compiles(config.compile, device):
-        model.compile(config.recompute)
+        model.compile(config.recompute_gelu)
     dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     B, T = config.batch_size, config.sequence_length
@@ -236,7 +236,7 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
     times = [ms for times in figure["rounds_ms"] for ms in times]
     print(f"\n{model_name(config.gpt)}, {config.batch_size} x {config.sequence_length} tokens, {dtype}, "
           f"compile {config.compile}" + f", window by {config.window_backend}" * bool(config.window_backend)
-          + f", {config.kernels} kernels" * bool(config.kernels) + ", recompute" * config.recompute)
+          + f", {config.kernels} kernels" * bool(config.kernels) + ", GELU recomputed" * config.recompute_gelu)
     print(f"{figure['step_ms']:,.2f} ms a step ({min(times):,.2f} to {max(times):,.2f}, {len(times)} steps), "
           f"{figure['tokens_per_s']:,.0f} tokens/s, "
           + (f"{figure['mfu']:.1%} MFU" if figure["mfu"] else "MFU unknown")

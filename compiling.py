@@ -21,7 +21,8 @@ def compile_static(function, recompute=False, **options):
     """
     torch.compile with static shapes into one graph. A call is compiled once for its shapes, dtypes, grad mode and
     autocast; where torch would compile it again for the same ones, or run it uncompiled, it raises SlowPath.
-    recompute: what takes no product to compute is not kept for backward, even if backward must write it anew.
+    recompute: what is cheap to compute, such as GELU, is not kept for backward, even if backward must write it anew
+    (torch's ban_recompute_materialized_backward is off).
     Torch's cache on disk serves functions with a backward of their own too: a warm start traces once instead of twice.
     """
 

@@ -222,7 +222,7 @@ def main() -> int:
     print(f"{'explanation':67} {'claimed':>10} {'measured':>10}  at")
     for part in PARTS:
         for row in part():
-            print(f"{row.explanation:67} {row.claimed:>10} {row.measured_mib:10.1f}  {row.at}", flush=True)
+            print(f"{row.explanation:67} {row.claimed:>10} {row.measured_mib:10.2f}  {row.at}", flush=True)
         torch.cuda.empty_cache()
     return 0
 

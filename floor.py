@@ -35,7 +35,7 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int) 
     activation       forward reads and writes 4 C per token and layer, backward reads its input and the gradient too
     norm and rotary  for attention and MLP of each layer, x + f(x): x and f(x) read, the sum written; in backward two
                      gradients of x read, their sum written. With pre_norm also the norm written, and in backward its
-                     input read; with post_norm f(x) read again in backward, and its gradient written. Rotary: q and k
+                     output read; with post_norm f(x) read again in backward, and its gradient written. Rotary: q and k
                      read and written, forward and backward; with qk_norm read again in backward. The last norm
     embedding        a row read and x written; in backward the gradient of x added to a row
     optimizer        AdamW reads the weight, its gradient and two moments and writes all but the gradient, which the

@@ -5,7 +5,7 @@ The logits of 65,536 tokens and 50,304 ids take 6.1 GiB in bfloat16, and the pla
 times. `cross_entropy` goes in chunks of 8,192 tokens, of which only one has its logits in memory: a Triton kernel puts
 the logits' gradient in their place, and two products give the gradients of x and of the weight at once (the idea of
 Liger, arXiv 2410.10989). `rotate` turns and norms q and k where they lie, in one kernel, and one more gives the
-gradient of q, k and v: all that is kept for backward is what attention keeps as well.
+gradient of q, k and v: backward reads what attention keeps as well, and with qk_norm the lengths of q and k.
 
 Shapes: B batch, T tokens in a sequence, N of all sequences, C = n_embd, H heads, D head_dim, V = vocab_size.
 """
@@ -108,7 +108,7 @@ def cross_entropy_kernel():
             total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest))
         logsumexp = largest + tl.log(total)
         counts = target != IGNORED
-        z_target = tl.load(logits + target, mask=counts, other=0.0).to(tl.float32)
+        z_target = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
         tl.store(losses + row, tl.where(counts, logsumexp - z_target, 0.0))
         scale = tl.where(counts, 1 / tl.load(n_targets).to(tl.float32), 0.0)
         for start in range(0, V, BLOCK):
@@ -134,7 +134,7 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, qk_norm):
-        y = qkv.clone()  # compiled, it takes the memory of qkv, which nothing else reads
+        y = qkv.clone(memory_format=torch.contiguous_format)  # compiled: the memory of qkv, which nothing else reads
         scale = rotate_(y, cos, sin, qk_norm)
         ctx.save_for_backward(y if qk_norm else None, scale, cos, sin)
         return y.unbind(2)
@@ -205,7 +205,7 @@ def rotate_kernels():
         x2 = tl.load(x + D // 2, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             r = 1 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, axis=1) / D + 1e-6)
-            tl.store(scale + part * n_rows + row, r, mask=row < n_rows)
+            tl.store(scale + part.to(tl.int64) * n_rows + row, r, mask=row < n_rows)
             x1, x2 = x1 * r[:, None], x2 * r[:, None]
         tl.store(x, (x1 * c - x2 * s).to(qkv.dtype.element_ty), mask=inside)
         tl.store(x + D // 2, (x2 * c + x1 * s).to(qkv.dtype.element_ty), mask=inside)
@@ -229,7 +229,7 @@ def rotate_kernels():
             if NORM:
                 y1 = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
                 y2 = tl.load(y + at + D // 2, mask=inside, other=0.0).to(tl.float32)
-                r = tl.load(scale + part * n_rows + row, mask=row < n_rows, other=0.0)[:, None]
+                r = tl.load(scale + part.to(tl.int64) * n_rows + row, mask=row < n_rows, other=0.0)[:, None]
                 along = tl.sum(d1 * y1 + d2 * y2, axis=1)[:, None] / D
                 d1, d2 = (d1 - y1 * along) * r, (d2 - y2 * along) * r
             angle = (token % T)[:, None] * (D // 2) + column[None, :]

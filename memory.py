@@ -141,7 +141,7 @@ def layer_bytes(config: GPTConfig, backend: str | None, B: int, T: int, kernels=
     shape = Shape(B, T, config.n_head, config.head_dim, itemsize=2)
     vectors = sum(SAVED_VECTORS.values()) + 2 * config.post_norm  # its inputs
     if kernels == "plain":
-        vectors += 2 + 2 * config.qk_norm  # q and k after the rotary embedding, and before it
+        vectors += 2  # q and k, beside the output of c_attn, of which v is a part
     total = (vectors - SAVED_VECTORS["GELU of it"] * recompute) * shape.vectors()
     total += (1 + 2 * config.qk_norm) * shape.rows()  # logsumexp, and the scale of the norms of q and k
     if not recompute:
@@ -202,7 +202,7 @@ def training_mib(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, sh
     """The same for the options of a run, in MiB."""
     backend, kernels = config.window_backend or "flex", config.kernels or "fused"
     return training_need(gpt_config, backend, batch_size, config.sequence_length, shares, kernels,
-                         config.recompute) / MIB
+                         config.recompute_gelu) / MIB
 
 
 def divisors(n: int) -> list[int]:
@@ -218,7 +218,7 @@ def largest_batch_size(config: TrainConfig, gpt_config: GPTConfig, sequences: in
                  if n <= most and training_mib(config, gpt_config, n, sequences // n * processes) < room_mib), 1)
 
 
-def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> str:
+def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int, compiled: bool) -> str:
     """What to change where this does not fit, and what that is predicted to save."""
     needed_mib, options = training_mib(config, gpt_config, batch_size, shares), []
     for smaller in divisors(batch_size)[1:]:
@@ -226,7 +226,7 @@ def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, s
         if saved_mib >= 1:  # from one share to two the gradients stay
             options.append(f"--batch_size {smaller} is predicted to save {saved_mib:,.0f} MiB")
             break
-    saved_mib = needed_mib - training_mib(replace(config, recompute=True), gpt_config, batch_size, shares)
-    if saved_mib >= 1:
-        options.append(f"--recompute {'' if options else 'is predicted to save '}{saved_mib:,.0f} MiB")
+    saved_mib = needed_mib - training_mib(replace(config, recompute_gelu=True), gpt_config, batch_size, shares)
+    if compiled and saved_mib >= 1:
+        options.append(f"--recompute_gelu {'' if options else 'is predicted to save '}{saved_mib:,.0f} MiB")
     return ", ".join(options) or "no option saves anything, a smaller --model or a shorter --sequence_length does"

@@ -85,7 +85,10 @@ class GPTConfig:
 
 
 class RMSNorm(torch.autograd.Function):
-    """x / sqrt(mean(x^2)). Backward reads the result, which what follows keeps as well, so that x need not be kept."""
+    """
+    x / sqrt(mean(x^2)). Backward reads the result, which the product or attention behind it keeps as well, so that x
+    need not be kept. In 16 bits that is as exact as the result, but for gradients that point along it.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -104,7 +107,9 @@ class RMSNorm(torch.autograd.Function):
 
 def norm(x):
     """RMSNorm without weight over the last dimension; same shape and dtype."""
-    return RMSNorm.apply(x)
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x)
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6).type_as(x)
 
 
 def rotary_angles(position, head_dim: int):
@@ -128,11 +133,12 @@ def apply_rotary(x, cos, sin):
 
 
 def rotate(qkv, cos, sin, qk_norm):
-    """q, k and v of qkv (B, T, 3, H, D), each (B, T, H, D): q and k normed if qk_norm, then turned."""
+    """q, k and v of qkv (B, T, 3, H, D), each (B, T, H, D): q and k turned, and normed if qk_norm, in either order."""
     q, k, v = qkv.unbind(2)
-    if qk_norm:
+    q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    if qk_norm:  # behind the rotation, which changes no length, so that its result is what attention keeps
         q, k = norm(q), norm(k)
-    return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+    return q, k, v
 
 
 def cross_entropy(x, weight, targets):
@@ -270,7 +276,7 @@ class GPT(nn.Module):
     def compile(self, recompute=False, **options):
         """
         torch.compile of all that depends on idx; tables and block masks are made once, outside the graph. recompute:
-        GELU's output, 4 C for each token and layer, is not kept for backward but computed again.
+        GELU's output, 4 C for each token and layer, and the weights in 16 bits are made anew in backward, not kept.
         """
         self.run = compile_static(self.run, recompute, **options)
 

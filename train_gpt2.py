@@ -83,17 +83,22 @@ def parse_options(arguments: list[str] | None) -> tuple[Options, torch.device]:
     return tyro.cli(Options, args=arguments, default=defaults, description=__doc__.strip(), **style), device
 
 
-def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tuple[int, int]:
-    """Sequences per process and micro-step, and micro-steps per update. ValueError where they do not divide."""
+def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tuple[TrainConfig, int, int]:
+    """
+    (The config with the kernels chosen, on CUDA; sequences per process and micro-step; micro-steps per update).
+    ValueError where they do not divide, or no kernel can serve.
+    """
     with torch.device("meta"):
         model = GPT(gpt_config, config.window_backend, config.kernels)
     T, window_size = config.sequence_length, gpt_config.window_size
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
-    if config.recompute and not compiles(config.compile, device):
-        raise ValueError("--recompute needs --compile on")
+    if config.recompute_gelu and not compiles(config.compile, device):
+        raise ValueError("--recompute_gelu needs --compile on")
     dtype = machine.matmul_dtype(device, config.dtype)
-    model.choose_kernels(T, device, dtype)  # raises if none can serve here
+    *_, kernels = model.choose_kernels(T, device, dtype)
+    if device.type == "cuda":  # else the memory that is predicted is that of a GPU
+        config = replace(config, kernels=kernels)
 
     if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
         raise ValueError(f"{RANK=} and {WORLD_SIZE=} in the environment are not torchrun's: unset them")
@@ -118,7 +123,7 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
            f"micro-steps x {batch_size} sequences x {T} tokens")
     predicted_mib = training_mib(config, gpt_config, batch_size, sequences // batch_size * WORLD_SIZE)
     print0(f"predicted peak on a GPU, compiled, in bfloat16: {predicted_mib:,.0f} MiB")
-    return batch_size, sequences // batch_size
+    return config, batch_size, sequences // batch_size
 
 
 def print0(*words, file=None):
@@ -236,7 +241,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     elif config.init_from is not None:
         checkpoint.load_weights(weights_from or checkpoint.find(config.init_from, config.out_dir), model)
     if compiles(config.compile, device):
-        model.compile(config.recompute)
+        model.compile(config.recompute_gelu)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
     dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -377,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.list:
             print_variants()
             return rundir.DONE
-        batch_size, accumulation = plan(config, gpt_config, device)
+        config, batch_size, accumulation = plan(config, gpt_config, device)
     except ValueError as error:
         print0(f"error: {error}", file=sys.stderr)
         return rundir.BAD_OPTION
@@ -391,7 +396,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         reason, code = train(config, gpt_config, device, batch_size, accumulation, run)
     except torch.OutOfMemoryError as error:
-        advice = memory_advice(config, gpt_config, batch_size, accumulation * WORLD_SIZE)
+        advice = memory_advice(config, gpt_config, batch_size, accumulation * WORLD_SIZE,
+                               compiles(config.compile, device))
         reason, code = f"out of memory: {advice} ({str(error).splitlines()[0]})", 1
     except Exception as error:
         reason, code = str(error), getattr(error, "exit_code", 1)

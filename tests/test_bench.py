@@ -60,7 +60,8 @@ SMALL = ["--device=cpu", "--vocab_size=512", "--sequence_length=32", "--steps=2"
     "embedding": ["triton_poi_fused_embedding_dense_backward_3", "triton_red_fused__to_copy_embedding_rms_norm_0",
                   "aten::index_select"],
     "norm and rotary": ["triton_red_fused__fused_rms_norm_add_3", "triton_poi_fused__to_copy_cat_mul_sub_4",
-                        "triton_per_fused_add_view_12", "triton_poi_fused_add_1", "aten::rsqrt", "aten::mul"],
+                        "rotate_forward", "rotate_backward", "triton_per_fused_add_view_12",
+                        "triton_poi_fused_add_1", "aten::rsqrt", "aten::mul"],
     "other": ["triton_poi_fused__to_copy_4", "Memcpy DtoD (Device -> Device)", "Memset (Device)", "aten::fill_",
               "a_kernel_of_tomorrow", "triton_poi_fused_address_1"],
 }.items())
@@ -276,6 +277,14 @@ def test_out_of_memory(tmp_path, monkeypatch, capsys):
     assert "--batch_size" in error and error.count("\n") == 1
 
 
+def test_recompute_gelu_reaches_the_compiler(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(GPT, "compile", lambda self, recompute: asked.append(recompute))
+    options = ["--compile=on", f"--out_dir={tmp_path}"]
+    assert call(bench.main, [*SMALL, *options]) == call(bench.main, [*SMALL, *options, "--recompute_gelu"]) == 0
+    assert asked == [False, True]
+
+
 def test_verify(monkeypatch):
     import verify
 
@@ -292,6 +301,8 @@ def test_verify(monkeypatch):
     (["--device=cpu", "--window_size=65"], "window_size=65 is more than sequence_length=64"),
     (["--device=cpu", "--window_size=8", "--window_backend=flex"], "'flex' serves CUDA only"),
     (["--device=cpu", "--window_backend=blocked"], "has no use"),
+    (["--device=cpu", "--kernels=fused"], "'fused' serves CUDA only"),
+    (["--device=cpu", "--recompute_gelu"], "--recompute_gelu needs --compile on"),
     (["--device=cpu", "--compare", "--window_size 65"], "window_size=65 is more than"),
     (["--device=cpu", "--compare", "--steps 3"], "steps cannot differ"),
     (["--device=cpu", "--compare", "--compare=--qk_norm"], "compare cannot differ"),

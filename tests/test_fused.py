@@ -4,6 +4,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ import torch
 import fused
 import model
 from configs.variants import variant
-from model import GPT, apply_rotary, norm, rotary_tables
+from memory import layer_bytes
+from model import GPT, GPTConfig, apply_rotary, norm, rotary_tables
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -141,8 +145,10 @@ def test_norm_and_its_gradient():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fused_in_the_model(monkeypatch, name, compiled, fresh_compiler):
     """Same loss, same gradients as plain."""
-    monkeypatch.setattr(fused, "cross_entropy_", in_torch)
-    monkeypatch.setattr(fused, "launch", rotate_in_torch)
+    calls = Counter()
+    monkeypatch.setattr(fused, "cross_entropy_", lambda *x: calls.update(["loss"]) or in_torch(*x))
+    monkeypatch.setattr(fused, "launch", lambda direction, *x, NORM: (
+        calls.update([direction]), rotate_in_torch(direction, *x, NORM=NORM)))
     idx, targets = torch.randint(512, (2, 2, 40), generator=torch.Generator().manual_seed(1))
     results = []
     for form in "plain", "fused":
@@ -150,11 +156,41 @@ def test_fused_in_the_model(monkeypatch, name, compiled, fresh_compiler):
         if compiled:
             gpt.compile(backend="aot_eager")
         monkeypatch.setattr(fused, "choose_kernels", lambda *_, form=form: form)
+        calls.clear()
         nats = gpt(idx, targets)[1]
         nats.backward()
+        assert calls == ({"forward": 2, "backward": 2, "loss": 1} if form == "fused" else {})
         results.append((nats, *(weight.grad for weight in gpt.parameters())))
     for of_plain, of_fused in zip(*results, strict=True):
         torch.testing.assert_close(of_fused, of_plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("flags", [{}, {"qk_norm": True}, {"post_norm": True}, {"post_norm": True, "pre_norm": False}])
+@pytest.mark.parametrize("form", ["plain", "fused"])
+def test_what_a_layer_keeps(monkeypatch, form, flags, recompute, fresh_compiler):
+    """As memory.py says; torch divides the graph as for a GPU, and runs it as it is."""
+    monkeypatch.setattr(fused, "cross_entropy_", in_torch)
+    monkeypatch.setattr(fused, "launch", rotate_in_torch)
+    monkeypatch.setattr(fused, "choose_kernels", lambda *_: form)
+    config, kept = replace(GPTConfig(n_head=2, n_embd=128, vocab_size=64), **flags), []
+    for n_layer in 1, 3:
+        gpt, tensors = GPT(replace(config, n_layer=n_layer)), {}
+        gpt.compile(recompute, backend="aot_eager_decomp_partition")
+        idx = torch.zeros(2, 512, dtype=torch.int64)
+        with (torch.autograd.graph.saved_tensors_hooks(lambda x, seen=tensors: keep(x, seen), lambda x: x),
+              torch.autocast("cpu", torch.bfloat16)):
+            loss = gpt(idx, idx)[1]
+        weights = {weight.untyped_storage().data_ptr() for weight in gpt.parameters()}
+        kept.append(sum(n_bytes for storage, n_bytes in tensors.items() if storage not in weights))
+        del loss
+    assert (kept[1] - kept[0]) / 2 == pytest.approx(layer_bytes(config, None, 2, 512, form, recompute), rel=0.02)
+
+
+def keep(x, seen):
+    """Notes the bytes of the tensor's memory, once."""
+    seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return x
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which torch for CUDA brings")
@@ -163,8 +199,11 @@ def test_kernel_in_the_interpreter():
     code = ("import torch, fused; from tests.test_fused import *; fused.CHUNK_TOKENS = 7\n"
             "for dtype in torch.float32, torch.bfloat16:\n"
             "    compare(*inputs(dtype))\n"
+            "    x, weight, targets = inputs(dtype); targets[4] = len(weight)\n"
+            "    assert fused.cross_entropy(x, weight.to(dtype), targets).isnan(), 'not an id'\n"
             "    for shape in SHAPES: compare_rotate(dtype, 'cpu', *shape)")
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1],
+                   env=os.environ | {"TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.parametrize(("name", "device", "dtype", "triton", "expected"), [

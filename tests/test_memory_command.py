@@ -1,6 +1,8 @@
 """test_memory.py and the closed forms of memory.py: against measured allocations on a CPU; judging; the command."""
 
 import json
+import re
+import sys
 from dataclasses import replace
 from functools import partial, partialmethod
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 from small import call, words
 
+import explain_memory
 import machine
 import memory
 import test_memory
@@ -245,6 +248,28 @@ def test_what_should_have_been_measured():
         made[index].measured, made[index].reason = {}, "CUDA out of memory"
         misses = judge(made, {None, "flex"})
         assert len(misses) == n_misses and all("not measured: CUDA out of memory" in miss for miss in misses)
+
+
+# -----------------------------------------------------------------------------
+# explain_memory.py
+
+
+def test_the_explanations_need_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["explain_memory.py"])
+    monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError("driver too old")))
+    assert explain_memory.main() == 2
+    assert re.fullmatch(r"error: explain_memory.py measures a CUDA GPU: .*driver too old\n", capsys.readouterr().err)
+
+
+@pytest.mark.gpu
+def test_gpu_the_explanations(monkeypatch, capsys, fresh_compiler):
+    """Needs a CUDA GPU: none of the four old explanations, but the mistakes that can cost hundreds of MiB."""
+    monkeypatch.setattr(sys, "argv", ["explain_memory.py"])
+    assert explain_memory.main() == 0
+    measured = {line[:67].strip(): float(line[79:89]) for line in capsys.readouterr().out.splitlines()[2:]}
+    small = ("block mask", "cos and sin", "compiled kernels, in", "flex: beyond")
+    assert all(mib < 1 for name, mib in measured.items() if name.startswith(small))
+    assert measured["flex_attention, not compiled, one sequence"] > 300
 
 
 # -----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from small import BATCH_TOKENS, VOCAB, T, assert_same_result, losses, metrics, s
 import checkpoint
 import rundir
 import train_gpt2
+from compiling import compiles
 from configs.recipes import TrainConfig
 from data.shards import write_shard
 from data.tokenizer import gpt2
@@ -555,23 +556,39 @@ def test_mfu_is_the_stated_formula(runs, monkeypatch):
 @pytest.mark.parametrize("gib, batch_size", [(6, 8), (8, 16), (12, 32), (16, 32), (24, 64), (80, 64)])
 def test_the_micro_batch_of_default_follows_the_memory_of_the_gpu(monkeypatch, gib, batch_size):
     monkeypatch.setattr(train_gpt2.machine, "total_mib", lambda device: gib * 1024)
-    monkeypatch.setattr(GPT, "choose_kernels", lambda *arguments: (None, "a kernel"))  # the real one asks the GPU
+    monkeypatch.setattr(GPT, "choose_kernels", lambda *arguments: (None, None, "fused"))  # the real one asks the GPU
     config = replace(train_gpt2.recipe("default"), dtype="bfloat16")
-    plan = train_gpt2.plan(config, train_gpt2.variant("d12"), torch.device("cuda"))
-    assert plan == (batch_size, 64 // batch_size)
+    *plan, = train_gpt2.plan(config, train_gpt2.variant("d12"), torch.device("cuda"))
+    assert plan == [replace(config, kernels="fused"), batch_size, 64 // batch_size]
+
+
+def test_the_micro_batch_follows_the_kernels(monkeypatch):
+    """In float32 the loss is the plain one: whole logits, and half the room."""
+    monkeypatch.setattr(train_gpt2.machine, "total_mib", lambda device: 40 * 1024)
+    monkeypatch.setattr("model.sdpa_choice", lambda *arguments, **options: None)
+    config = replace(train_gpt2.recipe("default"), dtype="float32")
+    planned, batch_size, _ = train_gpt2.plan(config, train_gpt2.variant("d12"), torch.device("cuda"))
+    assert (planned.kernels, batch_size) == ("plain", 32)
 
 
 def test_memory_advice():
     config, d12 = train_gpt2.recipe("default"), train_gpt2.variant("d12")
-    assert memory_advice(config, d12, 64, 1) == (
-        "--batch_size 32 is predicted to save 7,755 MiB, --recompute 4,770 MiB")
-    assert memory_advice(config, d12, 1, 64) == "--recompute is predicted to save 234 MiB"
-    assert "--recompute" not in memory_advice(replace(config, recompute=True), d12, 64, 1)
+    assert memory_advice(config, d12, 64, 1, compiled=True) == (
+        "--batch_size 32 is predicted to save 7,755 MiB, --recompute_gelu 4,770 MiB")
+    assert memory_advice(config, d12, 1, 64, compiled=True) == "--recompute_gelu is predicted to save 234 MiB"
+    for other, compiled in (replace(config, recompute_gelu=True), True), (config, False):
+        assert "--recompute" not in memory_advice(other, d12, 64, 1, compiled)
 
 
-def test_recompute_is_the_compilers(runs, capsys):
-    assert runs(recompute=True) == 2
-    assert capsys.readouterr().err == "error: --recompute needs --compile on\n"
+def test_recompute_is_the_compilers(runs, capsys, monkeypatch):
+    assert runs(recompute_gelu=True) == 2
+    assert capsys.readouterr().err == "error: --recompute_gelu needs --compile on\n"
+    asked = []
+    monkeypatch.setattr(GPT, "compile", lambda self, recompute: asked.append(recompute))
+    for recompute in False, True:
+        assert runs(run_name=f"recompute {recompute}", recompute_gelu=recompute, compile="on", max_steps=2) == 0
+    assert asked == [False, True]
+    assert compiles("auto", torch.device("cuda")) and not compiles("auto", torch.device("cpu"))
 
 
 def test_out_of_memory_is_one_line(runs, monkeypatch, capsys):
