@@ -169,12 +169,12 @@ def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
     alive = 4 * num_params(config) + config.n_layer * layer_bytes(config, backend, B, T, kernels, recompute)
     alive += x  # the residual stream
     head = 2 * V * C + x  # bf16 copy, and what it is applied to
-    gelu = 2 * 4 * x * recompute  # of the last layer in backward, and the gradient of its input
     if kernels == "plain":  # backward peaks where the gradient of the logits has taken their place
         saved = alive + head + 2 * B * T * V
         return Need(saved=saved, forward_peak=saved, backward_peak=saved + 2 * V * C)  # bf16 gradient of the head
     gradients = x + 4 * V * C  # of x in bf16, of the head in float32
     logits = 2 * min(B * T, CHUNK_TOKENS) * V
+    gelu = 2 * 4 * x * recompute  # of the last layer in backward, and the gradient of its input
     return Need(saved=alive + gradients, forward_peak=alive + head + gradients + logits,
                 backward_peak=alive + gradients + max(gradients, x + gelu))
 

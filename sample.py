@@ -18,7 +18,7 @@ import tyro
 
 import checkpoint
 import machine
-from compiling import SlowPath
+from compiling import SlowPath, compiles
 from data.tokenizer import EOT, gpt2
 from kv_cache import KVCache, Recompute
 from rundir import BAD_OPTION, INTERRUPTED, BadOption, NoValidCheckpoint
@@ -116,7 +116,7 @@ def sample(config: SampleConfig):
     tokenizer = gpt2()
     tokens = tokenizer.encode_ordinary(config.prompt) or [EOT]  # what begins a document
     many = config.n_samples * config.max_new_tokens >= COMPILE_FROM_TOKENS
-    compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and many)
+    compiled = compiles(config.compile, device) and (many or config.compile == "on")
     n_tokens = len(tokens) + config.max_new_tokens
     cache = Recompute(model) if config.recompute else KVCache(model, n_tokens, compiled=compiled)
     for i in range(config.n_samples):

@@ -462,12 +462,12 @@ def run(config: MemoryConfig) -> int:
     title = f"{heads}, {str(machine.matmul_dtype(device)).removeprefix('torch.')}, {machine.device_name(device)}"
 
     predictions = []
-    if not on_cuda and gpt.head_dim in FLEX_HEADS:  # at a GPU's default sizes: those of the options are for a CPU
-        default = replace(config, sequence_lengths=(), window_sizes=(), tokens=None)
-        predictions = [predict_gpu(point) for point in all_points(default, "cuda")]
-        print("\nPREDICTIONS for a Hopper GPU at its default sizes: nothing in these tables is measured")
-        show(predictions, f"{heads}, bfloat16")
     if not on_cuda:
+        if gpt.head_dim in FLEX_HEADS:  # at a GPU's default sizes: those of the options are for a CPU
+            default = replace(config, sequence_lengths=(), window_sizes=(), tokens=None)
+            predictions = [predict_gpu(point) for point in all_points(default, "cuda")]
+            print("\nPREDICTIONS for a Hopper GPU at its default sizes: nothing in these tables is measured")
+            show(predictions, f"{heads}, bfloat16")
         print(f"\nMEASURED on this CPU, torch threads: {torch.get_num_threads()}")
     clock = time.perf_counter()
     rows = measure_all(points, device)
