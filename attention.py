@@ -85,11 +85,12 @@ def choose_window_backend(name: str | None, head_dim: int, device: torch.device,
     elif backend == "flash" and dtype not in (torch.bfloat16, torch.float16):
         cannot = f"computes in 16 bits, not {str(dtype).removeprefix('torch.')}: use 'flex' or 'blocked'"
     elif backend == "flash" and (head_dim % 8 or head_dim > 256):
-        cannot = f"has no kernel for heads of {head_dim}, only for multiples of 8 up to 256: use 'flex' or 'blocked'"
+        cannot = (f"has no kernel for heads of {head_dim}, only for multiples of 8 up to 256: "
+                  + ("use 'flex'" if head_dim in FLEX_HEADS else "use 'blocked'"))
     elif backend == "flash" and torch.cuda.get_device_capability(device) < (8, 0):
         cannot = "needs an Ampere GPU or newer: use 'blocked'"
-    if cannot or backend == "blocked":
-        sdpa_choice(2, head_dim, device, dtype, masked=True)  # raises for heads that blocked cannot serve either
+    if backend == "blocked" or (cannot and "'blocked'" in cannot):
+        sdpa_choice(2, head_dim, device, dtype, masked=True)  # raises for heads that blocked cannot serve
     if cannot:
         raise ValueError(f"window_backend={backend!r} {cannot}")
     return backend

@@ -94,7 +94,7 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
-        y = (wide * scale).type_as(x)
+        y = (wide * scale).to(x.dtype, copy=True)  # compiled by torch 2.11, a cast to the same dtype has no gradient
         ctx.save_for_backward(y, scale)
         return y
 

@@ -242,12 +242,13 @@ def test_uncompiled_flex_is_refused(fresh_compiler):
     ("flex", 8, "cuda", torch.bfloat16, ["'flex'", "heads of 8", "16", "'blocked'"]),
     (None, 8, "cuda", torch.bfloat16, ["'flex'", "heads of 8", "'blocked'"]),
     ("flash", 64, "cuda", torch.float32, ["'flash'", "float32", "'flex' or 'blocked'"]),
-    ("flash", 36, "cuda", torch.bfloat16, ["'flash'", "heads of 36", "multiples of 8"]),
+    ("flash", 36, "cuda", torch.bfloat16, ["'flash'", "heads of 36", "multiples of 8", "'flex'"]),
     ("flash", 264, "cuda", torch.bfloat16, ["'flash'", "heads of 264", "256"]),
     ("flash", 64, "cuda", torch.bfloat16, ["'flash'", "Ampere"]),
 ])
 def test_a_back_end_that_cannot_serve_says_so_in_one_line(name, head_dim, device, dtype, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(ValueError) as caught:
         choose_window_backend(name, head_dim, torch.device(device), dtype)
     message = str(caught.value)

@@ -955,7 +955,9 @@ def test_gpu_run_and_resume(runs, capsys, fresh_compiler):
     assert rows[0]["loss"] == pytest.approx(math.log(VOCAB), abs=0.15) and rows[-1]["loss"] < rows[0]["loss"] - 0.1
     assert runs(**ON_GPU, stop_after=6) == 0
     assert runs(**ON_GPU) == 0
-    assert losses(runs.path) == pytest.approx(losses(runs.out_dir / "whole"), rel=1e-3)
+    resumed, whole = losses(runs.path), losses(runs.out_dir / "whole")
+    assert resumed[:8] == pytest.approx(whole[:8], rel=1e-3)
+    assert resumed == pytest.approx(whole, rel=1e-2)  # sums in any order, as on a GPU, drift apart
 
 
 @pytest.mark.gpu
@@ -977,10 +979,10 @@ def test_gpu_window_runs_in_the_fused_kernel(runs, capsys, fresh_compiler):
 
 @pytest.mark.gpu
 def test_gpu_memory_is_as_predicted(runs, fresh_compiler):
-    model, tokens = "d12_post_norm_qk_norm", 8 * 1024
+    model, tokens, others_mib = "d12_post_norm_qk_norm", 8 * 1024, torch.cuda.memory_allocated() / MIB
     small.make_data(runs.directory / "long", n_train=10 * tokens + 1, n_val=2000)
     assert runs(data=runs.directory / "long", device="cuda", model=model, vocab_size=50304, sequence_length=1024,
                 total_batch_tokens=tokens, batch_size=8, max_steps=3, learning_rate=1e-4, val_tokens=1024) == 0
     with torch.device("meta"):
         predicted_mib = training_need(train_gpt2.VARIANTS[model], None, 8, 1024, 1) / MIB
-    assert metrics(runs.path)[-1]["peak_mib"] == pytest.approx(predicted_mib, rel=0.05)
+    assert metrics(runs.path)[-1]["peak_mib"] - others_mib == pytest.approx(predicted_mib, rel=0.05)
