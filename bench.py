@@ -62,13 +62,13 @@ class BenchConfig:
     window_backend: str | None = None
     """kernel of the sliding window; None: flex on CUDA, blocked elsewhere"""
     kernels: Literal["fused", "plain"] | None = None
-    """of loss and rotary embedding: fused.py's, or as one reads it; None: fused on CUDA in bfloat16, else plain"""
+    """fused.py's, or as one reads them in model.py; None: fused on CUDA in bfloat16, else plain"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the matrix products; auto: bfloat16 on GPUs that have it"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     recompute_gelu: bool = False
-    """keep GELU's input alone for backward, not its output; needs compile"""
+    """with fused kernels: keep GELU's input alone for backward, not its output"""
     device: str = "auto"
     """auto, cuda or cpu"""
     out_dir: str = "runs/bench"
@@ -89,14 +89,12 @@ class BenchConfig:
         return self.batch_size * self.sequence_length
 
     def check(self, device: torch.device):
-        """ValueError where the window is too long or its kernel cannot serve on the device."""
+        """ValueError where the window is too long or a kernel cannot serve on the device."""
         W, T = self.gpt.window_size, self.sequence_length
         if W is not None and W > T:
             raise ValueError(f"window_size={W} is more than sequence_length={T}")
-        if self.recompute_gelu and not compiles(self.compile, device):
-            raise ValueError("--recompute_gelu needs --compile on")
         with torch.device("meta"):
-            model = GPT(self.gpt, self.window_backend, self.kernels)  # raises for one unknown or without use
+            model = GPT(self.gpt, self.window_backend, self.kernels, self.recompute_gelu)
         model.choose_kernels(T, device, machine.matmul_dtype(device, self.dtype))
 
 
@@ -155,10 +153,10 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
 
 def build(config: BenchConfig, device: torch.device):
     """(a step as in train_gpt2.py, warmed up; MiB that stay between steps)."""
-    model = GPT(config.gpt, config.window_backend, config.kernels).to(device)
+    model = GPT(config.gpt, config.window_backend, config.kernels, config.recompute_gelu).to(device)
     optimizer = make_optimizer(model, TrainConfig())
     if compiles(config.compile, device):
-        model.compile(config.recompute_gelu)
+        model.compile()
     dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     B, T = config.batch_size, config.sequence_length

@@ -17,12 +17,10 @@ def compiles(option: str, device: torch.device) -> bool:
     return option == "on" or (option == "auto" and device.type == "cuda")
 
 
-def compile_static(function, recompute=False, **options):
+def compile_static(function, **options):
     """
     torch.compile with static shapes into one graph. A call is compiled once for its shapes, dtypes, grad mode and
     autocast; where torch would compile it again for the same ones, or run it uncompiled, it raises SlowPath.
-    recompute: what is cheap to compute, such as GELU, is not kept for backward, even if backward must write it anew
-    (torch's ban_recompute_materialized_backward is off).
     Torch's cache on disk serves functions with a backward of their own too: a warm start traces once instead of twice.
     """
 
@@ -43,8 +41,7 @@ def compile_static(function, recompute=False, **options):
         key = (modes, *map(signature, arguments))
         try:
             with (torch.compiler.set_stance("fail_on_recompile" if key in seen else "default"),
-                  torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute,
-                                                autograd_cache_allow_custom_autograd_functions=True)):
+                  torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True)):
                 result = compiled(*arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise SlowPath(f"{name} has been compiled for {torch._dynamo.config.recompile_limit} shapes, torch's limit "

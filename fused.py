@@ -1,10 +1,11 @@
 """
 Parts of model.py in fewer passes over memory, for CUDA: the same functions, their gradients written by hand.
 
-The logits of 65,536 tokens and 50,304 ids take 6.1 GiB in bfloat16, and the plain loss reads and writes them several
-times. `cross_entropy` goes in chunks of 8,192 tokens, of which only one has its logits in memory: a Triton kernel puts
-the logits' gradient in their place, and two products give the gradients of x and of the weight at once (the idea of
-Liger, arXiv 2410.10989). `rotate` turns and norms q and k where they lie, in one kernel, and one more gives the
+The matrix products are cublaslt.py's. `mlp` computes GELU inside the product before it, and its gradient inside that of
+backward. The logits of 65,536 tokens and 50,304 ids take 6.1 GiB in bfloat16, and the plain loss reads and writes them
+several times: `cross_entropy` goes in chunks of 8,192 tokens, of which only one has its logits in memory, a Triton
+kernel puts the logits' gradient in their place, and two products give the gradients of x and of the weight at once (the
+idea of Liger, arXiv 2410.10989). `rotate` turns and norms q and k where they lie, in one kernel, and one more gives the
 gradient of q, k and v: backward reads what attention keeps as well, and with qk_norm the lengths of q and k.
 
 Shapes: B batch, T tokens in a sequence, N of all sequences, C = n_embd, H heads, D head_dim, V = vocab_size.
@@ -12,8 +13,12 @@ Shapes: B batch, T tokens in a sequence, N of all sequences, C = n_embd, H heads
 
 import functools
 import importlib.util
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+
+from cublaslt import matmul
 
 IGNORED = -1  # target without loss
 CHUNK_TOKENS = 8192  # 0.8 GiB of logits; with fewer tokens than this, plain needs less memory
@@ -27,6 +32,8 @@ def choose_kernels(name: str | None, device: torch.device, dtype: torch.dtype) -
         cannot = f"serves CUDA only, not {device.type}"
     elif dtype != torch.bfloat16:  # in float16 the gradient of a mean over many tokens is rounded to 0
         cannot = f"computes in bfloat16, not {str(dtype).removeprefix('torch.')}"
+    elif torch.version.cuda is None:
+        cannot = "needs a torch for NVIDIA's cuBLASLt"
     elif importlib.util.find_spec("triton") is None:
         cannot = "needs Triton, which is not installed"
     if name not in (None, "plain", "fused"):
@@ -34,6 +41,103 @@ def choose_kernels(name: str | None, device: torch.device, dtype: torch.dtype) -
     if name == "fused" and cannot:
         raise ValueError(f"kernels='fused' {cannot}: use 'plain'")
     return name or ("plain" if cannot else "fused")
+
+
+@functools.cache
+def parts(recompute_gelu: bool):
+    """What model.PLAIN has. recompute_gelu: GELU's output, 4 C for each token and layer, is not kept for backward."""
+    return SimpleNamespace(linear=Linear.apply, mlp=functools.partial(mlp, recompute_gelu=recompute_gelu),
+                           rotate=rotate, cross_entropy=cross_entropy)
+
+
+# -----------------------------------------------------------------------------
+# matrix products
+
+
+class Linear(torch.autograd.Function):
+    """F.linear; weight: (outputs, inputs), float32, cast whenever it is needed, its gradient never rounded."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return product("NT", x.flatten(0, -2), weight, x.dtype).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, weight = ctx.saved_tensors
+        d_x, d_weight = linear_backward(d_y.flatten(0, -2), x.flatten(0, -2), weight)
+        return d_x.view_as(x), d_weight
+
+
+def linear_backward(d_y, x, weight):
+    return product("NN", d_y, weight, x.dtype), product("TN", d_y, x, weight.dtype)
+
+
+def mlp(x, fc, proj, recompute_gelu=False):
+    """model.mlp."""
+    return MLP.apply(x, fc, proj, recompute_gelu)
+
+
+class MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, fc, proj, recompute_gelu):
+        activation, before = product_gelu(x.flatten(0, -2), fc)
+        ctx.save_for_backward(x, fc, proj, before, None if recompute_gelu else activation)
+        return product("NT", activation, proj, x.dtype).view_as(x)
+
+    @staticmethod
+    def backward(ctx, d_y):
+        x, fc, proj, before, activation = ctx.saved_tensors
+        if activation is None:
+            activation = F.gelu(before, approximate="tanh")
+        d_y = d_y.flatten(0, -2)
+        d_proj = product("TN", d_y, activation, proj.dtype)
+        d_before = product_gelu_backward(d_y, proj, before)
+        d_x, d_fc = linear_backward(d_before, x.flatten(0, -2), fc)
+        return d_x.view_as(x), d_fc, d_proj, None
+
+
+@torch.library.custom_op("gpt2_variants::product", mutates_args=())
+def product(layout: str, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """cublaslt.matmul in the dtype of left, the result in `dtype`."""
+    out = left.new_empty(product_shape(layout, left, right), dtype=dtype)
+    matmul(layout, left.contiguous(), right.to(left.dtype).contiguous(), out)
+    return out
+
+
+@product.register_fake
+def _(layout, left, right, dtype):
+    return left.new_empty(product_shape(layout, left, right), dtype=dtype)
+
+
+def product_shape(layout, left, right):
+    return left.size(1 if layout[0] == "T" else 0), right.size(0 if layout[1] == "T" else 1)
+
+
+@torch.library.custom_op("gpt2_variants::product_gelu", mutates_args=())
+def product_gelu(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(GELU of x weight^T, x weight^T); x: (N, C)."""
+    out, before = (x.new_empty(len(x), len(weight)) for _ in range(2))
+    matmul("NT", x.contiguous(), weight.to(x.dtype), out, "gelu", before)
+    return out, before
+
+
+@product_gelu.register_fake
+def _(x, weight):
+    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
+
+
+@torch.library.custom_op("gpt2_variants::product_gelu_backward", mutates_args=())
+def product_gelu_backward(d_y: torch.Tensor, weight: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """d_y weight times the derivative of GELU at `before`; d_y: (N, C)."""
+    out = torch.empty_like(before)
+    matmul("NN", d_y.contiguous(), weight.to(d_y.dtype), out, "gelu_backward", before)
+    return out
+
+
+@product_gelu_backward.register_fake
+def _(d_y, weight, before):
+    return torch.empty_like(before)
 
 
 # -----------------------------------------------------------------------------
@@ -57,13 +161,11 @@ def linear_cross_entropy(
     memory = x.new_empty(min(len(x), CHUNK_TOKENS), len(weight))
     for start in range(0, len(x), CHUNK_TOKENS):
         rows = slice(start, start + CHUNK_TOKENS)
-        logits = torch.mm(x[rows], weight.T, out=memory[: len(x[rows])])
+        logits = memory[: len(x[rows])]
+        matmul("NT", x[rows], weight, logits)
         cross_entropy_(logits, targets[rows], losses[rows], n_targets)
-        torch.mm(logits, weight, out=d_x[rows])
-        if x.is_cuda:
-            torch.addmm(d_weight, logits.T, x[rows], out_dtype=torch.float32, out=d_weight)
-        else:
-            d_weight += logits.T.float() @ x[rows].float()
+        matmul("NN", logits, weight, d_x[rows])
+        matmul("TN", logits, x[rows], d_weight, accumulate=True)
     return losses.sum() / n_targets, d_x, d_weight
 
 

@@ -144,7 +144,7 @@ def layer_bytes(config: GPTConfig, backend: str | None, B: int, T: int, kernels=
         vectors += 2  # q and k, beside the output of c_attn, of which v is a part
     total = (vectors - SAVED_VECTORS["GELU of it"] * recompute) * shape.vectors()
     total += (1 + 2 * config.qk_norm) * shape.rows()  # logsumexp, and the scale of the norms of q and k
-    if not recompute:
+    if kernels == "plain":
         total += 2 * 12 * config.n_embd**2  # bf16 copies of the weights
     if backend == "blocked" and config.window_size < T:
         W = config.window_size
@@ -159,7 +159,7 @@ def block_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
     C, x = config.n_embd, 2 * B * T * config.n_embd
     read = 0 if config.pre_norm else x  # of its input, which c_attn has as its own input then
     alive = layer_bytes(config, backend, B, T, kernels) - read + x  # x: the output
-    first_gradient = (2 + 4) * 4 * C * C  # of the MLP's c_proj, the first that backward computes: bf16, then float32
+    first_gradient = (2 + 4) * 4 * C * C  # of the MLP's c_proj in float32, beside the weight or the gradient in bf16
     return Need(saved=alive + read, forward_peak=alive + x, backward_peak=alive + first_gradient)
 
 
@@ -174,7 +174,7 @@ def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
         return Need(saved=saved, forward_peak=saved, backward_peak=saved + 2 * V * C)  # bf16 gradient of the head
     gradients = x + 4 * V * C  # of x in bf16, of the head in float32
     logits = 2 * min(B * T, CHUNK_TOKENS) * V
-    gelu = 2 * 4 * x * recompute  # of the last layer in backward, and the gradient of its input
+    gelu = 4 * x * recompute  # of the last layer in backward
     return Need(saved=alive + gradients, forward_peak=alive + head + gradients + logits,
                 backward_peak=alive + gradients + max(gradients, x + gelu))
 
@@ -218,7 +218,7 @@ def largest_batch_size(config: TrainConfig, gpt_config: GPTConfig, sequences: in
                  if n <= most and training_mib(config, gpt_config, n, sequences // n * processes) < room_mib), 1)
 
 
-def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int, compiled: bool) -> str:
+def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> str:
     """What to change where this does not fit, and what that is predicted to save."""
     needed_mib, options = training_mib(config, gpt_config, batch_size, shares), []
     for smaller in divisors(batch_size)[1:]:
@@ -227,6 +227,6 @@ def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, s
             options.append(f"--batch_size {smaller} is predicted to save {saved_mib:,.0f} MiB")
             break
     saved_mib = needed_mib - training_mib(replace(config, recompute_gelu=True), gpt_config, batch_size, shares)
-    if compiled and saved_mib >= 1:
+    if config.kernels != "plain" and saved_mib >= 1:
         options.append(f"--recompute_gelu {'' if options else 'is predicted to save '}{saved_mib:,.0f} MiB")
     return ", ".join(options) or "no option saves anything, a smaller --model or a shorter --sequence_length does"

@@ -141,12 +141,17 @@ def rotate(qkv, cos, sin, qk_norm):
     return q, k, v
 
 
+def mlp(x, fc, proj):
+    """C to 4 C, GELU in its tanh form (arXiv 1606.08415), and back. x: (B, T, C), fc: (4 C, C), proj: (C, 4 C)."""
+    return F.linear(F.gelu(F.linear(x, fc), approximate="tanh"), proj)
+
+
 def cross_entropy(x, weight, targets):
     """Mean over the targets that are not -1, float32. x: (N, C), weight: (V, C), targets: (N,) int64."""
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=fused.IGNORED)
 
 
-PLAIN = SimpleNamespace(rotate=rotate, cross_entropy=cross_entropy)  # fused.py has both as well
+PLAIN = SimpleNamespace(linear=F.linear, mlp=mlp, rotate=rotate, cross_entropy=cross_entropy)  # and as in fused.parts
 
 
 class CausalSelfAttention(nn.Module):
@@ -154,7 +159,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.rotate = rotate  # execution only, see GPT.forward
+        self.parts = PLAIN  # execution only, see GPT.forward
         self.n_head, self.head_dim, self.qk_norm = config.n_head, config.head_dim, config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: q, k, v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -166,10 +171,11 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cos, sin, cache=None):
         """x and the result: (B, T, C); cos, sin: (T, D / 2); cache: takes the place of `attend` when sampling."""
         B, T, C = x.shape
-        q, k, v = self.rotate(self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim), cos, sin, self.qk_norm)
+        qkv = self.parts.linear(x, self.c_attn.weight).view(B, T, 3, self.n_head, self.head_dim)
+        q, k, v = self.parts.rotate(qkv, cos, sin, self.qk_norm)
         attend = self.attend if cache is None else cache.attend
         y = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, T, H, D) -> (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
+        return self.parts.linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj.weight)  # (B, H, T, D) -> (B, T, C)
 
 
 class SlidingWindowAttention(CausalSelfAttention):
@@ -190,15 +196,16 @@ class SlidingWindowAttention(CausalSelfAttention):
 
 
 class MLP(nn.Module):
-    """C to 4 C, GELU in its tanh form (arXiv 1606.08415), and back; x and the result: (B, T, C)."""
+    """`mlp` with its weights; x and the result: (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.parts = PLAIN  # execution only, see GPT.forward
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.parts.mlp(x, self.c_fc.weight, self.c_proj.weight)
 
 
 def attention_class(config: GPTConfig, layer: int):
@@ -228,19 +235,21 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """
     config: what it computes. window_backend: what computes a window (attention.py), kernels: plain, or fused for
-    `rotate` and `cross_entropy` of fused.py; None is the fastest, all give the same function. seed: of the initial
-    weights, drawn from a generator of their own.
+    the parts in fused.py; None is the fastest, all give the same function. recompute_gelu: with fused kernels, keep
+    GELU's input alone for backward. seed: of the initial weights, drawn from a generator of their own.
     """
 
-    def __init__(self, config: GPTConfig, window_backend: str | None = None, kernels: str | None = None, seed: int = 0):
+    def __init__(self, config: GPTConfig, window_backend: str | None = None, kernels: str | None = None,
+                 recompute_gelu: bool = False, seed: int = 0):
         super().__init__()
         if window_backend is not None:
             if window_backend not in WINDOW_ATTENTION:
                 raise ValueError(f"window_backend={window_backend!r} must be one of {', '.join(WINDOW_ATTENTION)}")
             if config.window_size is None:
                 raise ValueError(f"window_backend={window_backend!r} has no use: window_size is None")
-        self.config, self.window_backend, self.kernels = config, window_backend, kernels
-        self.cross_entropy = cross_entropy  # execution only, see `forward`
+        self.config, self.window_backend, self.kernels, self.recompute_gelu = (
+            config, window_backend, kernels, recompute_gelu)
+        self.parts = PLAIN  # execution only, see `forward`
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -273,12 +282,9 @@ class GPT(nn.Module):
         windows = [self.config.layer_window(layer) or T for layer in range(self.config.n_layer)]
         return 6 * self.num_params() + sum(12 * self.config.n_embd * min(window, T) for window in windows)
 
-    def compile(self, recompute=False, **options):
-        """
-        torch.compile of all that depends on idx; tables and block masks are made once, outside the graph. recompute:
-        GELU's output, 4 C for each token and layer, and the weights in 16 bits are made anew in backward, not kept.
-        """
-        self.run = compile_static(self.run, recompute, **options)
+    def compile(self, **options):
+        """torch.compile of all that depends on idx; tables and block masks are made once, outside the graph."""
+        self.run = compile_static(self.run, **options)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Of the residual stream and the products; autocast alone would keep the stream in float32."""
@@ -291,6 +297,8 @@ class GPT(nn.Module):
         one that has no use or is torch's choice. ValueError, in one line, where none serves.
         """
         kernels = fused.choose_kernels(self.kernels, device, dtype)
+        if self.recompute_gelu and kernels != "fused":
+            raise ValueError("recompute_gelu needs kernels=fused, which serve CUDA in bfloat16")
         n_windowed, head_dim = len(self.windowed_attentions()), self.config.head_dim
         backend = choose_window_backend(self.window_backend, head_dim, device, dtype) if n_windowed else None
         if backend != "blocked" and n_windowed == self.config.n_layer:
@@ -306,10 +314,9 @@ class GPT(nn.Module):
         backend, sdpa, kernels = self.choose_kernels(T, device, dtype)
         for attention in self.windowed_attentions():
             attention.prepare(backend, B, T, device, dtype)
-        parts = fused if kernels == "fused" else PLAIN
-        self.cross_entropy = parts.cross_entropy
+        self.parts = fused.parts(self.recompute_gelu) if kernels == "fused" else PLAIN
         for block in self.transformer.h:
-            block.attn.rotate = parts.rotate
+            block.attn.parts = block.mlp.parts = self.parts
         with use_sdpa(sdpa):
             return self.run(idx, targets, *rotary_tables(T, self.config.head_dim, device))
 
@@ -321,4 +328,4 @@ class GPT(nn.Module):
         x = norm(x)
         if targets is None:
             return self.lm_head(x), None  # (B, T, V)
-        return None, self.cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return None, self.parts.cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())

@@ -216,7 +216,7 @@ def build(point: Point, device: torch.device, dtype: torch.dtype):
             block.attn.prepare(backend, B, T, device, dtype)
         choice = sdpa_choice(T, config.head_dim, device, dtype, masked=point.backend == "blocked")
         if fused.choose_kernels(None, device, dtype) == "fused":
-            block.attn.rotate = fused.rotate
+            block.attn.parts = block.mlp.parts = fused.parts(recompute_gelu=False)
     if point.part == "block":
         x, d_out = (torch.randn(B, T, config.n_embd, device=device, dtype=dtype) for _ in range(2))
         inputs, compiled = (x.requires_grad_(), *block.parameters()), compile_static(block.forward)

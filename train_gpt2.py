@@ -89,12 +89,10 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
     ValueError where they do not divide, or no kernel can serve.
     """
     with torch.device("meta"):
-        model = GPT(gpt_config, config.window_backend, config.kernels)
+        model = GPT(gpt_config, config.window_backend, config.kernels, config.recompute_gelu)
     T, window_size = config.sequence_length, gpt_config.window_size
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
-    if config.recompute_gelu and not compiles(config.compile, device):
-        raise ValueError("--recompute_gelu needs --compile on")
     dtype = machine.matmul_dtype(device, config.dtype)
     *_, kernels = model.choose_kernels(T, device, dtype)
     if device.type == "cuda":  # else the memory that is predicted is that of a GPU
@@ -231,7 +229,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         checkpoint.tidy(run.path, start)
 
     # --- model and optimizer, new or as saved ---
-    model = GPT(gpt_config, config.window_backend, config.kernels, config.seed).to(device)
+    model = GPT(gpt_config, config.window_backend, config.kernels, config.recompute_gelu, config.seed).to(device)
     optimizer = make_optimizer(model, config)
     if start > 0:
         saved = run.path / checkpoint.directory_name(start)
@@ -241,7 +239,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     elif config.init_from is not None:
         checkpoint.load_weights(weights_from or checkpoint.find(config.init_from, config.out_dir), model)
     if compiles(config.compile, device):
-        model.compile(config.recompute_gelu)
+        model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
     dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -396,8 +394,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         reason, code = train(config, gpt_config, device, batch_size, accumulation, run)
     except torch.OutOfMemoryError as error:
-        advice = memory_advice(config, gpt_config, batch_size, accumulation * WORLD_SIZE,
-                               compiles(config.compile, device))
+        advice = memory_advice(config, gpt_config, batch_size, accumulation * WORLD_SIZE)
         reason, code = f"out of memory: {advice} ({str(error).splitlines()[0]})", 1
     except Exception as error:
         reason, code = str(error), getattr(error, "exit_code", 1)

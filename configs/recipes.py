@@ -82,9 +82,9 @@ class TrainConfig:
     window_backend: str | None = None
     """kernel of the sliding window: flex, flash or blocked (attention.py); None: flex on CUDA, blocked elsewhere"""
     kernels: Literal["fused", "plain"] | None = None
-    """of loss and rotary embedding: fused.py's, or as one reads it; None: fused on CUDA in bfloat16, else plain"""
+    """fused.py's, or as one reads them in model.py; None: fused on CUDA in bfloat16, else plain"""
     recompute_gelu: bool = False
-    """keep GELU's input alone for backward: up to a quarter less memory, some 2 % slower; needs compile"""
+    """with fused kernels: keep GELU's input alone for backward, up to a quarter less memory, some 3 % slower"""
     wandb: bool = False
     """mirror the metrics to Weights & Biases (pip install wandb); offline without a key"""
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import cublaslt
 import fused
 import model
 from configs.variants import variant
@@ -59,20 +61,45 @@ def compare(x, weight, targets):
     assert all(b <= 2 * a + 1e-6 for a, b in zip(of_plain, of_fused, strict=True)), (of_plain, of_fused)
 
 
-def in_torch(logits, targets, losses, n_targets):
+def cross_entropy_in_torch(logits, targets, losses, n_targets):
     """What the kernel does."""
     counts = targets >= 0
     log_p = logits.float().log_softmax(1)
     losses.copy_(torch.where(counts, -log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0))
-    one_hot = torch.nn.functional.one_hot(targets.clamp(min=0), logits.size(1))
+    one_hot = F.one_hot(targets.clamp(min=0), logits.size(1))
     logits.copy_((log_p.exp() - one_hot) * counts[:, None] / n_targets)
+
+
+def matmul_in_torch(layout, left, right, out, epilogue=None, aux=None, accumulate=False):
+    """What cuBLASLt does."""
+    assert left.is_contiguous() and right.is_contiguous() and left.dtype == right.dtype
+    y = (left.T if layout[0] == "T" else left).float() @ (right.T if layout[1] == "T" else right).float()
+    if epilogue == "gelu":
+        aux.copy_(y)
+        y = F.gelu(y, approximate="tanh")
+    if epilogue == "gelu_backward":
+        y = torch.ops.aten.gelu_backward(y, aux.float(), approximate="tanh")
+    out.copy_(out + y if accumulate else y)
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    """fused.py with torch in place of its kernels; counts what would have been launched."""
+    calls = Counter()
+    for name, stand_in in {"matmul": matmul_in_torch, "cross_entropy_": cross_entropy_in_torch,
+                           "launch": rotate_in_torch}.items():
+        def counting(*arguments, name=name, stand_in=stand_in, **options):
+            calls[name] += 1
+            stand_in(*arguments, **options)
+
+        monkeypatch.setattr(fused, name, counting)
+    return calls
 
 
 @pytest.mark.parametrize("chunk", [7, 10, 20, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_in_chunks(monkeypatch, chunk, dtype):
-    """The chunks, the products and autograd, with torch in place of the kernel."""
-    monkeypatch.setattr(fused, "cross_entropy_", in_torch)
+def test_fused_in_chunks(in_torch, monkeypatch, chunk, dtype):
+    """The chunks, the products and autograd."""
     monkeypatch.setattr(fused, "CHUNK_TOKENS", chunk)
     compare(*inputs(dtype))
 
@@ -123,9 +150,8 @@ def rotate_in_torch(direction, shape, *tensors, NORM):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "qk_norm"), SHAPES)
-def test_rotate(monkeypatch, dtype, shape, qk_norm):
-    """What is kept for backward, and autograd, with torch in place of the kernels."""
-    monkeypatch.setattr(fused, "launch", rotate_in_torch)
+def test_rotate(in_torch, dtype, shape, qk_norm):
+    """What is kept for backward, and autograd."""
     compare_rotate(dtype, "cpu", shape, qk_norm)
 
 
@@ -133,7 +159,7 @@ def test_norm_and_its_gradient():
     for dtype, limit in (torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 0.01):
         x = torch.randn(4, 7, 24, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         wide = x.detach().double().requires_grad_()
-        y, expected = norm(x), torch.nn.functional.rms_norm(wide, (24,), eps=1e-6)
+        y, expected = norm(x), F.rms_norm(wide, (24,), eps=1e-6)
         assert y.dtype == dtype
         d_y = torch.randn(4, 7, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
         (d_x,), (d_expected,) = torch.autograd.grad(y, x, d_y), torch.autograd.grad(expected, wide, d_y.double())
@@ -143,40 +169,36 @@ def test_norm_and_its_gradient():
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_post_norm_qk_norm_window32"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_fused_in_the_model(monkeypatch, name, compiled, fresh_compiler):
-    """Same loss, same gradients as plain."""
-    calls = Counter()
-    monkeypatch.setattr(fused, "cross_entropy_", lambda *x: calls.update(["loss"]) or in_torch(*x))
-    monkeypatch.setattr(fused, "launch", lambda direction, *x, NORM: (
-        calls.update([direction]), rotate_in_torch(direction, *x, NORM=NORM)))
+@pytest.mark.parametrize("recompute_gelu", [False, True])
+def test_fused_in_the_model(in_torch, monkeypatch, name, compiled, recompute_gelu, fresh_compiler):
+    """Same loss, same gradients as plain; with each of the kernels, and no other product."""
     idx, targets = torch.randint(512, (2, 2, 40), generator=torch.Generator().manual_seed(1))
     results = []
     for form in "plain", "fused":
-        gpt = GPT(variant(name))
+        gpt = GPT(variant(name), recompute_gelu=recompute_gelu and form == "fused")
         if compiled:
             gpt.compile(backend="aot_eager")
         monkeypatch.setattr(fused, "choose_kernels", lambda *_, form=form: form)
-        calls.clear()
+        in_torch.clear()
         nats = gpt(idx, targets)[1]
         nats.backward()
-        assert calls == ({"forward": 2, "backward": 2, "loss": 1} if form == "fused" else {})
+        layer = {"matmul": 3 * 4, "launch": 2}
+        expected = {"matmul": 2 * layer["matmul"] + 3, "launch": 2 * layer["launch"], "cross_entropy_": 1}
+        assert in_torch == (expected if form == "fused" else {})
         results.append((nats, *(weight.grad for weight in gpt.parameters())))
     for of_plain, of_fused in zip(*results, strict=True):
         torch.testing.assert_close(of_fused, of_plain, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("flags", [{}, {"qk_norm": True}, {"post_norm": True}, {"post_norm": True, "pre_norm": False}])
-@pytest.mark.parametrize("form", ["plain", "fused"])
-def test_what_a_layer_keeps(monkeypatch, form, flags, recompute, fresh_compiler):
+@pytest.mark.parametrize(("form", "recompute"), [("plain", False), ("fused", False), ("fused", True)])
+def test_what_a_layer_keeps(in_torch, monkeypatch, form, flags, recompute, fresh_compiler):
     """As memory.py says; torch divides the graph as for a GPU, and runs it as it is."""
-    monkeypatch.setattr(fused, "cross_entropy_", in_torch)
-    monkeypatch.setattr(fused, "launch", rotate_in_torch)
     monkeypatch.setattr(fused, "choose_kernels", lambda *_: form)
     config, kept = replace(GPTConfig(n_head=2, n_embd=128, vocab_size=64), **flags), []
     for n_layer in 1, 3:
-        gpt, tensors = GPT(replace(config, n_layer=n_layer)), {}
-        gpt.compile(recompute, backend="aot_eager_decomp_partition")
+        gpt, tensors = GPT(replace(config, n_layer=n_layer), recompute_gelu=recompute), {}
+        gpt.compile(backend="aot_eager_decomp_partition")
         idx = torch.zeros(2, 512, dtype=torch.int64)
         with (torch.autograd.graph.saved_tensors_hooks(lambda x, seen=tensors: keep(x, seen), lambda x: x),
               torch.autocast("cpu", torch.bfloat16)):
@@ -196,7 +218,8 @@ def keep(x, seen):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which torch for CUDA brings")
 def test_kernel_in_the_interpreter():
     """In a process of its own: Triton asks for the interpreter once."""
-    code = ("import torch, fused; from tests.test_fused import *; fused.CHUNK_TOKENS = 7\n"
+    code = ("import torch, fused; from tests.test_fused import *\n"
+            "fused.CHUNK_TOKENS, fused.matmul = 7, matmul_in_torch\n"
             "for dtype in torch.float32, torch.bfloat16:\n"
             "    compare(*inputs(dtype))\n"
             "    x, weight, targets = inputs(dtype); targets[4] = len(weight)\n"
@@ -206,28 +229,58 @@ def test_kernel_in_the_interpreter():
                    env=os.environ | {"TRITON_INTERPRET": "1"})
 
 
-@pytest.mark.parametrize(("name", "device", "dtype", "triton", "expected"), [
-    (None, CPU, torch.bfloat16, True, "plain"),
-    (None, CUDA, torch.float32, True, "plain"),
-    (None, CUDA, torch.bfloat16, False, "plain"),
-    (None, CUDA, torch.bfloat16, True, "fused"),
-    ("plain", CUDA, torch.bfloat16, True, "plain"),
-    ("fused", CUDA, torch.bfloat16, True, "fused"),
-    (None, CUDA, torch.float16, True, "plain"),
-    ("fused", CUDA, torch.float16, True, "'fused' computes in bfloat16, not float16: use 'plain'"),
-    ("fused", CPU, torch.bfloat16, True, "'fused' serves CUDA only, not cpu: use 'plain'"),
-    ("fused", CUDA, torch.float32, True, "'fused' computes in bfloat16, not float32: use 'plain'"),
-    ("fused", CUDA, torch.bfloat16, False, "'fused' needs Triton, which is not installed: use 'plain'"),
-    ("fast", CPU, torch.float32, True, "'fast' must be one of plain, fused"),
+@pytest.mark.parametrize(("name", "device", "dtype", "lacks", "expected"), [
+    (None, CPU, torch.bfloat16, None, "plain"),
+    (None, CUDA, torch.float32, None, "plain"),
+    (None, CUDA, torch.bfloat16, "triton", "plain"),
+    (None, CUDA, torch.bfloat16, "cuda", "plain"),
+    (None, CUDA, torch.bfloat16, None, "fused"),
+    ("plain", CUDA, torch.bfloat16, None, "plain"),
+    ("fused", CUDA, torch.bfloat16, None, "fused"),
+    (None, CUDA, torch.float16, None, "plain"),
+    ("fused", CUDA, torch.float16, None, "'fused' computes in bfloat16, not float16: use 'plain'"),
+    ("fused", CPU, torch.bfloat16, None, "'fused' serves CUDA only, not cpu: use 'plain'"),
+    ("fused", CUDA, torch.float32, None, "'fused' computes in bfloat16, not float32: use 'plain'"),
+    ("fused", CUDA, torch.bfloat16, "triton", "'fused' needs Triton, which is not installed: use 'plain'"),
+    ("fused", CUDA, torch.bfloat16, "cuda", "'fused' needs a torch for NVIDIA's cuBLASLt: use 'plain'"),
+    ("fast", CPU, torch.float32, None, "'fast' must be one of plain, fused"),
 ])
-def test_which_form(monkeypatch, name, device, dtype, triton, expected):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda module: triton or None)
+def test_which_form(monkeypatch, name, device, dtype, lacks, expected):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if lacks == module else True)
+    monkeypatch.setattr(torch.version, "cuda", None if lacks == "cuda" else "13.0")
     if expected in ("plain", "fused"):
         assert fused.choose_kernels(name, device, dtype) == expected
         return
     with pytest.raises(ValueError) as caught:
         fused.choose_kernels(name, device, dtype)
     assert str(caught.value) == f"kernels={expected}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("M", "N", "K"), [(8192, 3072, 768), (1000, 96, 36), (3, 50257, 64), (40, 768, 50304)])
+@pytest.mark.parametrize(("layout", "epilogue", "dtype", "accumulate"), [
+    ("NN", None, torch.bfloat16, False), ("NT", None, torch.bfloat16, False), ("TN", None, torch.float32, False),
+    ("TN", None, torch.float32, True), ("NT", "gelu", torch.bfloat16, False),
+    ("NN", "gelu_backward", torch.bfloat16, False),
+])
+def test_gpu_products(layout, epilogue, dtype, accumulate, M, N, K):
+    """Needs a CUDA GPU: cuBLASLt against torch in float32, within the rounding of the result."""
+    if epilogue and N % 8:
+        pytest.skip("GELU's input has 4 n_embd columns")
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(n_rows, n_columns, dtype=torch.bfloat16):
+        return torch.randn(n_rows, n_columns, device="cuda", generator=generator).to(dtype)
+
+    left, right = draw(*((K, M) if layout[0] == "T" else (M, K))), draw(*((N, K) if layout[1] == "T" else (K, N)))
+    right /= K**0.5
+    out, aux = draw(M, N, dtype), draw(M, N) if epilogue else None
+    expected, expected_aux = out.clone(), aux.clone() if epilogue else None
+    matmul_in_torch(layout, left, right, expected, epilogue, expected_aux, accumulate)
+    cublaslt.matmul(layout, left, right, out, epilogue, aux, accumulate)
+    for x, y in ((out, expected), (aux, expected_aux))[:2 if epilogue else 1]:
+        torch.testing.assert_close(x, y, rtol=2e-2 if x.dtype == torch.bfloat16 else 1e-3, atol=1e-2)
+        assert (x.float() - y.float()).norm() < 2**-8 * y.float().norm()  # half a unit in the last place of bfloat16
 
 
 @pytest.mark.gpu

@@ -573,21 +573,19 @@ def test_the_micro_batch_follows_the_kernels(monkeypatch):
 
 def test_memory_advice():
     config, d12 = train_gpt2.recipe("default"), train_gpt2.variant("d12")
-    assert memory_advice(config, d12, 64, 1, compiled=True) == (
-        "--batch_size 32 is predicted to save 7,755 MiB, --recompute_gelu 4,770 MiB")
-    assert memory_advice(config, d12, 1, 64, compiled=True) == "--recompute_gelu is predicted to save 234 MiB"
-    for other, compiled in (replace(config, recompute_gelu=True), True), (config, False):
-        assert "--recompute" not in memory_advice(other, d12, 64, 1, compiled)
+    assert memory_advice(config, d12, 64, 1) == (
+        "--batch_size 32 is predicted to save 7,755 MiB, --recompute_gelu 4,608 MiB")
+    assert memory_advice(config, d12, 1, 64) == "--recompute_gelu is predicted to save 72 MiB"
+    for other in replace(config, recompute_gelu=True), replace(config, kernels="plain"):
+        assert "--recompute" not in memory_advice(other, d12, 64, 1)
 
 
-def test_recompute_is_the_compilers(runs, capsys, monkeypatch):
+def test_recompute_gelu_without_fused_kernels(runs, capsys):
     assert runs(recompute_gelu=True) == 2
-    assert capsys.readouterr().err == "error: --recompute_gelu needs --compile on\n"
-    asked = []
-    monkeypatch.setattr(GPT, "compile", lambda self, recompute: asked.append(recompute))
-    for recompute in False, True:
-        assert runs(run_name=f"recompute {recompute}", recompute_gelu=recompute, compile="on", max_steps=2) == 0
-    assert asked == [False, True]
+    assert capsys.readouterr().err == "error: recompute_gelu needs kernels=fused, which serve CUDA in bfloat16\n"
+
+
+def test_auto_compiles_on_cuda():
     assert compiles("auto", torch.device("cuda")) and not compiles("auto", torch.device("cpu"))
 
 
