@@ -206,13 +206,13 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
     for config, figure in zip(configs, figures, strict=True):
         dtype, T = machine.matmul_dtype(device, config.dtype), config.sequence_length
         with torch.device("meta"):
-            model = GPT(config.gpt)
+            model = GPT(config.gpt, config.window_backend, config.kernels)
         ms = statistics.median(ms for times in figure["rounds_ms"] for ms in times)
         flops_per_s = model.flops_per_token(T) * config.tokens / ms * 1000
         peak_flops = machine.peak_flops(machine.device_name(device)) if dtype == torch.bfloat16 else None
         figure |= {"step_ms": ms, "tokens_per_s": 1000 * config.tokens / ms,
                    "mfu": flops_per_s / peak_flops if peak_flops else None,
-                   "floor": measure_floor(model, config.window_backend, config.batch_size, T, device, dtype)}
+                   "floor": measure_floor(model, config.batch_size, T, device, dtype)}
     return figures
 
 

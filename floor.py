@@ -1,7 +1,7 @@
 """
 What a step takes at least on this machine: its matrix products and its attention measured alone, and for the rest the
 least bytes at the measured rate of a large copy. Everything between two matrix products is then one kernel, and
-nothing of it is done inside them.
+nothing of it is done inside them, but GELU by the fused kernels, where it adds nothing to the floor.
 
 Shapes: N tokens of all sequences in a step, C = n_embd, V = vocab_size.
 """
@@ -14,6 +14,7 @@ import torch
 
 import test_memory
 from attention import choose_window_backend
+from fused import product
 from measure import milliseconds
 from model import GPT, GPTConfig
 
@@ -26,13 +27,14 @@ def weight_shapes(config: GPTConfig) -> dict[tuple[int, int], int]:
     return {(C, 3 * C): L, (C, C): L, (C, 4 * C): L, (4 * C, C): L, (C, config.vocab_size): 1}
 
 
-def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int) -> dict[str, int]:
+def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, kernels="plain") -> dict[str, int]:
     """
     Bytes that a step must read and write for each kind of kernel but products and attention. itemsize: of an element
     of the activations; parameters, gradients and moments are float32.
 
     loss             logits read, their gradient written
-    activation       forward reads and writes 4 C per token and layer, backward reads its input and the gradient too
+    activation       forward reads and writes 4 C per token and layer, backward reads its input and the gradient too;
+                     with fused kernels none
     norm and rotary  for attention and MLP of each layer, x + f(x): x and f(x) read, the sum written; in backward two
                      gradients of x read, their sum written. With pre_norm also the norm written, and in backward its
                      output read; with post_norm f(x) read again in backward, and its gradient written. Rotary: q and k
@@ -46,7 +48,7 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int) 
     branch = 6 + 2 * config.pre_norm + 2 * config.post_norm  # times x
     return {
         "loss": 2 * tokens * config.vocab_size * itemsize,
-        "activation": 5 * 4 * x * L,
+        "activation": 5 * 4 * x * L * (kernels == "plain"),
         "norm and rotary": (2 * branch + 8 + 2 * config.qk_norm) * x * L + 4 * x,
         "embedding": 2 * x + 3 * 4 * tokens * config.n_embd,
         "optimizer": (7 + 1) * 4 * num_params,
@@ -55,13 +57,16 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int) 
 
 
 @functools.cache
-def products_ms(tokens: int, n_in: int, n_out: int, device: torch.device, dtype: torch.dtype) -> float:
+def products_ms(tokens: int, n_in: int, n_out: int, device: torch.device, dtype: torch.dtype, kernels="plain") -> float:
     """(N, n_in) times a weight, and in backward its gradient times the weight and times the input; each alone."""
     n = min(tokens, MOST_TOKENS)
     x, d_y, weight = (torch.randn(shape, device=device, dtype=dtype)
                       for shape in ((n, n_in), (n, n_out), (n_out, n_in)))
+    plain = lambda: x @ weight.T, lambda: d_y @ weight, lambda: d_y.T @ x
+    fused = (lambda: product("NT", x, weight, dtype), lambda: product("NN", d_y, weight, dtype),
+             lambda: product("TN", d_y, x, torch.float32))
     total = 0.0
-    for run in (lambda: x @ weight.T, lambda: d_y @ weight, lambda: d_y.T @ x):
+    for run in plain if kernels == "plain" else fused:
         run()  # `milliseconds` wants it
         total += milliseconds(run, device)
     return total * tokens / n
@@ -93,13 +98,14 @@ def attention_ms(config: GPTConfig, window_backend: str | None, B: int, T: int, 
     return total
 
 
-def measure_floor(model: GPT, window_backend: str | None, B: int, T: int, device: torch.device,
-                  dtype: torch.dtype) -> dict:
+def measure_floor(model: GPT, B: int, T: int, device: torch.device, dtype: torch.dtype) -> dict:
     """"kinds": least ms of each kind in a step of B sequences of T tokens; and the two rates."""
     config, rate, shapes = model.config, copy_rate(device), weight_shapes(model.config)
-    n_bytes = least_bytes(config, B * T, model.num_params(), dtype.itemsize)
-    kinds = {"matrix product": sum(n * products_ms(B * T, *shape, device, dtype) for shape, n in shapes.items()),
-             "attention": attention_ms(config, window_backend, B, T, device, dtype)}
+    *_, kernels = model.choose_kernels(T, device, dtype)
+    n_bytes = least_bytes(config, B * T, model.num_params(), dtype.itemsize, kernels)
+    kinds = {"matrix product": sum(n * products_ms(B * T, *shape, device, dtype, kernels)
+                                   for shape, n in shapes.items()),
+             "attention": attention_ms(config, model.window_backend, B, T, device, dtype)}
     flops = sum(6 * B * T * n_in * n_out * n for (n_in, n_out), n in shapes.items())
     return {"kinds": kinds | {kind: 1000 * n / rate for kind, n in n_bytes.items()}, "least_bytes": n_bytes,
             "product_flops_per_s": 1000 * flops / kinds["matrix product"], "copy_bytes_per_s": rate}

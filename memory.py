@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from configs.recipes import TrainConfig
+from cublaslt import WORKSPACE_BYTES
 from fused import CHUNK_TOKENS
 from model import GPTConfig
 
@@ -136,6 +137,9 @@ SAVED_VECTORS = {
 }
 
 
+FIRST_GRADIENT = (2 + 4) * 4  # times C C: in backward, of the MLP's c_proj in float32, with a copy in bf16 beside
+
+
 def layer_bytes(config: GPTConfig, backend: str | None, B: int, T: int, kernels="fused", recompute=False) -> int:
     """What backward reads of a compiled layer beside its weights; bf16."""
     shape = Shape(B, T, config.n_head, config.head_dim, itemsize=2)
@@ -144,6 +148,7 @@ def layer_bytes(config: GPTConfig, backend: str | None, B: int, T: int, kernels=
         vectors += 2  # q and k, beside the output of c_attn, of which v is a part
     total = (vectors - SAVED_VECTORS["GELU of it"] * recompute) * shape.vectors()
     total += (1 + 2 * config.qk_norm) * shape.rows()  # logsumexp, and the scale of the norms of q and k
+    total += 2 * (config.pre_norm + config.post_norm) * 4 * B * T  # the scale of the others
     if kernels == "plain":
         total += 2 * 12 * config.n_embd**2  # bf16 copies of the weights
     if backend == "blocked" and config.window_size < T:
@@ -159,24 +164,23 @@ def block_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
     C, x = config.n_embd, 2 * B * T * config.n_embd
     read = 0 if config.pre_norm else x  # of its input, which c_attn has as its own input then
     alive = layer_bytes(config, backend, B, T, kernels) - read + x  # x: the output
-    first_gradient = (2 + 4) * 4 * C * C  # of the MLP's c_proj in float32, beside the weight or the gradient in bf16
-    return Need(saved=alive + read, forward_peak=alive + x, backward_peak=alive + first_gradient)
+    return Need(saved=alive + read, forward_peak=alive + x, backward_peak=alive + FIRST_GRADIENT * C * C)
 
 
 def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="fused", recompute=False) -> Need:
     """The compiled GPT with targets, in bf16 autocast, its float32 weights included."""
     C, V, x = config.n_embd, config.vocab_size, 2 * B * T * config.n_embd
     alive = 4 * num_params(config) + config.n_layer * layer_bytes(config, backend, B, T, kernels, recompute)
-    alive += x  # the residual stream
-    head = 2 * V * C + x  # bf16 copy, and what it is applied to
+    alive += x  # the last norm's output
+    head = 2 * V * C  # bf16 copy
     if kernels == "plain":  # backward peaks where the gradient of the logits has taken their place
-        saved = alive + head + 2 * B * T * V
+        saved = alive + head + x + 2 * B * T * V  # x: what the head is applied to
         return Need(saved=saved, forward_peak=saved, backward_peak=saved + 2 * V * C)  # bf16 gradient of the head
     gradients = x + 4 * V * C  # of x in bf16, of the head in float32
     logits = 2 * min(B * T, CHUNK_TOKENS) * V
-    gelu = 4 * x * recompute  # of the last layer in backward
+    first_layer = FIRST_GRADIENT * C * C + 4 * x * recompute - x  # GELU anew; the last norm's output has gone
     return Need(saved=alive + gradients, forward_peak=alive + head + gradients + logits,
-                backward_peak=alive + gradients + max(gradients, x + gelu))
+                backward_peak=alive + gradients + max(0, first_layer))
 
 
 def num_params(config: GPTConfig) -> int:
@@ -195,7 +199,8 @@ def training_need(config: GPTConfig, backend: str | None, B: int, T: int, shares
     """
     weights, model = 4 * num_params(config), model_need(config, backend, B, T, kernels, recompute)
     moments, gradients = 2 * weights, weights if shares > 1 else 0
-    return max(max(model.forward_peak, model.backward_peak) + gradients, 2 * weights) + moments
+    workspace = WORKSPACE_BYTES if kernels == "fused" else 0
+    return max(max(model.forward_peak, model.backward_peak) + gradients, 2 * weights) + moments + workspace
 
 
 def training_mib(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> float:

@@ -131,6 +131,7 @@ def test_least_bytes():
     assert n_bytes == {"loss": 2 * 10 * 50_304 * 2, "activation": 2 * (8 + 12) * x,
                        "norm and rotary": 2 * (4 + 4 + 4 + 4 + 8) * x + 4 * x, "embedding": 10 * 64 * (2 * 2 + 3 * 4),
                        "optimizer": 32_000, "other": 12_000}
+    assert least_bytes(plain, 10, 1000, 2, "fused") == n_bytes | {"activation": 0}
     assert least_bytes(plain, 10, 1000, 4)["other"] == 0
     assert least_bytes(plain, 10, 1000, 4)["loss"] == 2 * n_bytes["loss"]
 
@@ -157,13 +158,22 @@ def test_floor_of_made_up_rates(monkeypatch):
     floor.products_ms.cache_clear()
     with torch.device("meta"):
         model = GPT(replace(gpt, vocab_size=512))
-    result = floor.measure_floor(model, None, 2, 32, CPU, torch.float32)
+    result = floor.measure_floor(model, 2, 32, CPU, torch.float32)
     floor.products_ms.cache_clear()
     assert result["kinds"]["matrix product"] == 3 * (4 * 3 + 1)  # three for each weight: four in a layer, and the head
     assert measured[:3] == [(64, 192), (64, 64), (192, 64)]
     assert len(measured) == 15 + 2 and result["kinds"]["attention"] == 3 * 10  # two kinds of layer
     assert result["kinds"]["loss"] == pytest.approx(1000 * 2 * 64 * 512 * 4 / 2e9)
     assert result["product_flops_per_s"] == pytest.approx(6 * 64 * model.num_params() / 39e-3)
+
+
+def test_the_floor_of_fused_kernels_is_that_of_their_products(monkeypatch):
+    asked = []
+    monkeypatch.setattr(floor, "product", lambda layout, left, right, dtype: asked.append((layout, dtype)))
+    monkeypatch.setattr(floor, "milliseconds", lambda run, device: 1.0)
+    assert floor.products_ms(4, 8, 16, CPU, torch.bfloat16, "fused") == 3
+    assert asked == [("NT", torch.bfloat16), ("NN", torch.bfloat16), ("TN", torch.float32)]
+    floor.products_ms.cache_clear()
 
 
 def test_many_tokens_are_measured_as_a_multiple(monkeypatch):
