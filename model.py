@@ -5,7 +5,8 @@ Shapes: B batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V = 
 
 To try a new attention: add a field to GPTConfig, a subclass of CausalSelfAttention with its own `attend`,
 a line in `attention_class`, and a line in configs/variants.py. The tests pick it up from there.
-The kernels that compute attention are in attention.py; what fused.py has for CUDA is written here as one reads it.
+The kernels that compute attention are in attention.py. On CUDA in bfloat16 fused.py computes what PLAIN names: a change
+to one of those functions needs `--kernels plain`.
 
 GPT-2: Radford et al. 2019. Rotary embedding: arXiv 2104.09864. RMSNorm: arXiv 1910.07467.
 """
@@ -151,7 +152,8 @@ def cross_entropy(x, weight, targets):
     return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=fused.IGNORED)
 
 
-PLAIN = SimpleNamespace(linear=F.linear, mlp=mlp, rotate=rotate, cross_entropy=cross_entropy)  # and as in fused.parts
+# to read and to edit; on CUDA in bfloat16 fused.parts takes their place, unless `kernels` is plain
+PLAIN = SimpleNamespace(linear=F.linear, mlp=mlp, rotate=rotate, cross_entropy=cross_entropy)
 
 
 class CausalSelfAttention(nn.Module):

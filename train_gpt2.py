@@ -97,6 +97,7 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
     *_, kernels = model.choose_kernels(T, device, dtype)
     if device.type == "cuda":  # else the memory that is predicted is that of a GPU
         config = replace(config, kernels=kernels)
+        print0(f"kernels: {kernels}" + " (--kernels plain: every line of model.py as it stands)" * (kernels == "fused"))
 
     if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
         raise ValueError(f"{RANK=} and {WORLD_SIZE=} in the environment are not torchrun's: unset them")
