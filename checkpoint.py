@@ -12,13 +12,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from files import fsync, sha256
+from files import fsync, sha256, write_hashed
 from model import GPT, GPTConfig
 from rundir import BadOption, NoValidCheckpoint, writing
 
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
 
 
@@ -37,27 +38,46 @@ def save(run_directory: Path, step: int, model: torch.nn.Module, optimizer, stat
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        save_file({name: weight.detach() for weight, name in names.items()}, temporary / "model.safetensors")
+        weights = {name: weight.detach() for weight, name in names.items()}
         moments = {
             f"{names[weight]}/{key}": value
             for weight, values in optimizer.state.items()
             for key, value in values.items()
         }
-        save_file(moments, temporary / "optim.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
-        manifest = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-                    for name in FILES}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in [*temporary.iterdir(), temporary]:
-            fsync(path)
-    except (OSError, SafetensorError) as error:
+        contents = safetensors_parts(weights), safetensors_parts(moments), [json_bytes({"step": step, **state})]
+        manifest = {name: write_hashed(temporary / name, parts) for name, parts in zip(FILES, contents, strict=True)}
+        write_hashed(temporary / "manifest.json", [json_bytes(manifest)])
+        fsync(temporary)
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise error if isinstance(error, OSError) else OSError(str(error)) from error
+        raise
     target = temporary.rename(run_directory / directory_name(step))
     fsync(run_directory)
     for old in list_checkpoints(run_directory)[keep_last:]:
         shutil.rmtree(old)
     return target
+
+
+def safetensors_parts(tensors: dict[str, torch.Tensor]):
+    """
+    The bytes of a safetensors file, a tensor at a time: safetensors' own `save_file` hashes nothing, and reading the
+    file again to do so takes as long as writing it. https://github.com/huggingface/safetensors#format
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # each at a multiple of its itemsize
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for tensor in tensors.values():
+        yield tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def json_bytes(value: dict) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 def tidy(run_directory: Path, step: int):
@@ -68,6 +88,8 @@ def tidy(run_directory: Path, step: int):
     with writing(run_directory):
         for unfinished in run_directory.glob(".saving-*"):
             shutil.rmtree(unfinished)
+        for unfinished in run_directory.glob(".*.tmp"):
+            unfinished.unlink()
         for checkpoint in list_checkpoints(run_directory):
             if step_of(checkpoint) > step:
                 invalid = run_directory / f"invalid-{checkpoint.name}"

@@ -4,7 +4,10 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+
+MOST_AT_ONCE = 2**30  # bytes in a write; Linux takes 2^31 - 4096
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -14,7 +17,8 @@ def write_json(path: Path, value: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the file in one step: a reader sees the old one or the new one. Raises OSError."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    names = {"prefix": f".{path.name}.", "suffix": ".tmp"}
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, **names) as file:
         try:
             file.write(text)
             file.flush()
@@ -24,6 +28,23 @@ def write_text(path: Path, text: str) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def write_hashed(path: Path, parts: Iterable) -> dict:
+    """
+    A new file of these bytes, or what has them, that is on the disk on return; {"bytes", "sha256"} of what was to be
+    written. Raises OSError.
+    """
+    digest, n_bytes = hashlib.sha256(), 0
+    with open(path, "xb", buffering=0) as file:
+        for part in parts:
+            left = memoryview(part).cast("B")
+            digest.update(left)
+            n_bytes += len(left)
+            while left:
+                left = left[file.write(left[:MOST_AT_ONCE]):]
+        os.fsync(file.fileno())
+    return {"bytes": n_bytes, "sha256": digest.hexdigest()}
 
 
 def fsync(path: Path) -> None:

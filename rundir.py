@@ -17,7 +17,7 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from files import write_json, write_text
+from files import fsync, write_json, write_text
 
 # exit codes
 DONE = 0
@@ -84,6 +84,7 @@ class RunDir:
         """Raises RunDirInUse or CannotWrite. The lock belongs to the process: it is free however the process ends."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            fsync(self.path.parent)  # a checkpoint is of no use in a directory that a power loss takes away
             self.lock = open(self.path / ".lock", "a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,6 +101,7 @@ class RunDir:
                 write_json(self.path / "config.json", config)
             source = self.path / (f"source-{step:08d}.diff" if step else "source.diff")
             source.write_bytes(git("rev-parse", "HEAD") + git("diff", "HEAD"))
+            fsync(source)
             (self.path / "status.json").unlink(missing_ok=True)  # of the end before this one
         self.begun = True
 

@@ -222,6 +222,10 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     last_step = min(config.max_steps, config.stop_after or config.max_steps)
     if start >= last_step:
         print0(f"{run.path}: {'finished' if start == config.max_steps else 'stopped'} at step {start}")
+        if RANK == 0 and not (run.path / "status.json").exists():  # killed after the last save
+            checkpoint.tidy(run.path, start)
+            run.begun, run.step = True, start
+            return "finished" if start == config.max_steps else "stop_after", rundir.DONE
         return "", rundir.DONE
     described = {"settings": settings, "model_config": asdict(gpt_config), "train_config": asdict(config),
                  "tokenizer": dataset.tokenizer, "versions": machine.versions(device)}

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from small import T, assert_same_result, losses, metrics, status, steps, tensors, tree
 
@@ -332,27 +331,22 @@ def full(*arguments, **options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def full_in_rust(*arguments, **options):
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
-def file_size_limit(tensors, path):
+def file_size_limit(path, parts):
     """A real error of the system, without a full disk: no file may grow beyond 10 kB."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        save_file(tensors, path)
+        return write_hashed(path, parts)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-save_file = checkpoint.save_file
+write_hashed = checkpoint.write_hashed
 
 
 @pytest.mark.parametrize(("function", "failure", "message"), [
-    ("save_file", full, "No space left on device"), ("save_file", full_in_rust, "No space left on device"),
-    ("save_file", file_size_limit, "File too large"), ("fsync", full, "No space left on device")],
-    ids=["save_file", "safetensors", "file size limit", "fsync"])
+    ("write_hashed", full, "No space left on device"), ("write_hashed", file_size_limit, "File too large"),
+    ("fsync", full, "No space left on device")], ids=["write", "file size limit", "fsync"])
 def test_disk_full_at_a_checkpoint(runs, whole, capsys, function, failure, message):
     original, saved = checkpoint.save, []
 

@@ -1,0 +1,29 @@
+"""How checkpoints are often written and read: in place, without fsync, one at a time; and the newest is believed."""
+
+import shutil
+
+import checkpoint
+from checkpoint import directory_name, json_bytes, list_checkpoints, safetensors_parts
+
+
+def save(run_directory, step, model, optimizer, state, keep_last):
+    """As checkpoint.save, but what is there goes before the new one is complete."""
+    for old in list_checkpoints(run_directory):
+        shutil.rmtree(old)
+    target = run_directory / directory_name(step)
+    target.mkdir()
+    names = {weight: name for name, weight in model.named_parameters()}
+    moments = {f"{names[weight]}/{key}": value for weight, values in optimizer.state.items()
+               for key, value in values.items()}
+    for name, parts in (("state.json", [json_bytes({"step": step, **state})]),
+                        ("model.safetensors", safetensors_parts({name: w.detach() for w, name in names.items()})),
+                        ("optim.safetensors", safetensors_parts(moments))):
+        with open(target / name, "wb", buffering=0) as file:
+            for part in parts:
+                file.write(memoryview(part).cast("B"))
+    return target
+
+
+def install():
+    """In a process that is thrown away."""
+    checkpoint.save, checkpoint.find_fault = save, lambda directory: None

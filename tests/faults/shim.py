@@ -1,0 +1,103 @@
+"""
+The operations by which a process changes files, numbered, and a fault at one of them.
+
+What is counted: opening to write, writing, fsync, rename, mkdir, removing, chmod, truncating. All of this project's go
+through Python's `open` and `os`, as test_kill.py checks with strace.
+"""
+
+import builtins
+import io
+import os
+import signal
+from pathlib import Path
+
+FUNCTIONS = ("chmod", "fsync", "ftruncate", "mkdir", "remove", "rename", "replace", "rmdir", "truncate", "unlink")
+
+
+class Shim:
+    """Put into a process that is thrown away. `fault` is called before each operation, with itself as (name, path)."""
+
+    def __init__(self, log: Path, fault):
+        self.log, self.fault, self.n = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), fault, 0
+        self.write, self.open = os.write, io.open
+        for name in FUNCTIONS:
+            setattr(os, name, self.numbered(name, getattr(os, name)))
+        builtins.open = io.open = self.open_watched
+
+    def before(self, name: str, path, data=b""):
+        """Counts one operation, notes it in the log, at fsync with the bytes of the file, and lets the fault happen."""
+        self.n += 1
+        n_bytes = os.path.getsize(path) if name == "fsync" else 0
+        self.write(self.log, f"{self.n} {name} {n_bytes} {path}\n".encode())
+        self.fault(self.n, name, data)
+
+    def numbered(self, name, function):
+        def call(target, *arguments, **options):
+            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target
+            self.before(name, path)
+            return function(target, *arguments, **options)
+
+        return call
+
+    def open_watched(self, file, mode="r", *arguments, **options):
+        if not set(mode) & set("wax+"):
+            return self.open(file, mode, *arguments, **options)
+        self.before("open", file)
+        return Watched(self, self.open(file, mode, *arguments, **options))
+
+
+class Watched:
+    """A file whose writes are counted; text is flushed with every write, so that the order is that of the program."""
+
+    def __init__(self, shim, file):
+        self.shim, self.file = shim, file
+
+    def write(self, data):
+        self.shim.before("write", self.file.name, lambda part: self.put(data[:int(part * len(data))]))
+        return self.put(data)
+
+    def put(self, data):
+        n = self.file.write(data)
+        self.file.flush()
+        return n
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+    def __iter__(self):
+        return iter(self.file)
+
+
+# -----------------------------------------------------------------------------
+# faults
+
+
+def none(n, name, put):
+    """Nothing happens: the operations are counted."""
+
+
+def kill_at(at: int, part: float = 0.0):
+    """SIGKILL before operation `at`; if that is a write, when this part of it is done."""
+    def fault(n, name, put):
+        if n == at:
+            if name == "write" and part:
+                put(part)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return fault
+
+
+def fail_at(at: int, number: int, times: int = 1):
+    """OSError with this errno at operation `at` and those after it, `times` in all."""
+    def fault(n, name, put):
+        if at <= n < at + times:
+            raise OSError(number, os.strerror(number))
+
+    return fault

@@ -1,0 +1,195 @@
+"""Killed anywhere, a run ends as if it had not been: the same bits, each step once in its log."""
+
+import os
+import random
+import shutil
+
+import pytest
+import small
+from small import assert_same_result, steps
+
+from tests.faults import trial
+
+OPTIONS = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 6, "val_every": 3, "save_every": 2}
+SEED = int(os.environ.get("FAULTS_SEED", random.SystemRandom().randrange(10**6)))  # printed where a test fails
+
+
+class Place:
+    """Trials in a directory of their own, with common data."""
+
+    def __init__(self, directory, data):
+        directory.mkdir(exist_ok=True)
+        self.runs = small.Runs.__new__(small.Runs)
+        self.runs.directory, self.runs.data, self.runs.out_dir = directory, data, directory / "runs"
+        self.path, self.out = self.runs.path, directory / "out"
+
+    def run(self, fault="none", arguments=(), control=False) -> int:
+        return trial.run(self.runs.options(**OPTIONS), self.out, fault, arguments, control)
+
+    def start(self):
+        return trial.start(self.runs.options(**OPTIONS), self.out)
+
+    def operations(self) -> list[list[str]]:
+        """(number, name, size at fsync, path) of the last trial."""
+        return [line.split(" ", 3) for line in trial.operations(self.out)]
+
+    def finish(self, expected, control=False):
+        """The same command again ends as the uninterrupted run."""
+        code = self.run(control=control)
+        assert code == 0, self.out.read_text()[-2000:]
+        assert_same_result(self.path, expected.path)
+        if control:
+            return
+        assert {path.name for path in self.path.iterdir()} >= {path.name for path in expected.path.iterdir()}
+        assert not list(self.path.glob(".*.tmp")) + list(self.path.glob(".saving-*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run."""
+    directory = tmp_path_factory.mktemp("whole")
+    place = Place(directory, small.make_data(directory / "data"))
+    assert place.run() == 0
+    assert steps(place.path) == [4, 6]
+    return place
+
+
+@pytest.fixture
+def place(tmp_path, whole):
+    return Place(tmp_path / "place", whole.runs.data)
+
+
+def targets(operations) -> list[tuple[int, float]]:
+    """Where to kill: before each operation, and within the first and the last of several writes to a file."""
+    found = []
+    for i, (n, *operation) in enumerate(operations):
+        neighbours = [operations[j][1:] for j in (i - 1, i + 1) if 0 <= j < len(operations)]
+        if operation[0] != "write":
+            found.append((int(n), 0.0))
+        elif neighbours.count(operation) < 2:
+            found += [(int(n), 0.0), (int(n), 0.5)]
+    return found
+
+
+def kill_everywhere(place, whole, prepare):
+    """`prepare` makes the state in which a run begins; the run is killed at each of its operations, and finished."""
+    prepare()
+    place.finish(whole)
+    operations = place.operations()
+    for at in targets(operations):
+        prepare()
+        assert place.run("kill_at", at) == -9, (at, operations[at[0] - 1])
+        place.finish(whole)
+
+
+def test_at_every_operation(whole, place):
+    kill_everywhere(place, whole, lambda: shutil.rmtree(place.runs.out_dir, ignore_errors=True))
+
+
+def test_at_every_operation_before_the_first_step_on_new_data(whole, place):
+    """The data's hashes are checked and noted on first use."""
+    def prepare():
+        shutil.rmtree(place.runs.out_dir, ignore_errors=True)
+        shutil.rmtree(place.runs.data, ignore_errors=True)
+        small.make_data(place.runs.data)
+
+    place.runs.data = place.runs.directory / "data"
+    prepare()
+    place.finish(whole)
+    noted = [int(n) for n, *_, path in place.operations() if str(place.runs.data) in path]
+    assert noted
+    for n in noted:
+        prepare()
+        assert place.run("kill_at", (n, 0.5)) == -9
+        place.finish(whole)
+
+
+def test_at_every_operation_of_a_resumed_run(whole, place, tmp_path):
+    """Killed in a save, and again wherever the next start, its recovery and its saves change files."""
+    killed = Place(tmp_path / "killed", whole.runs.data)
+    killed.finish(whole)
+    in_save = next(int(n) for n, name, _, path in killed.operations() if name == "rename" and path.endswith("00000004"))
+    shutil.rmtree(killed.runs.out_dir)
+    assert killed.run("kill_at", (in_save,)) == -9 and list(killed.path.glob(".saving-*"))
+
+    def prepare():
+        shutil.rmtree(place.path, ignore_errors=True)
+        shutil.copytree(killed.path, place.path)
+
+    kill_everywhere(place, whole, prepare)
+
+
+STATES = ("missing", "empty", "zeros", "half")
+
+
+def lose_power(operations, state) -> int:
+    """What of the files was not yet on the disk is put into this state; how many files that are."""
+    on_disk, n_lost = {}, 0
+    for _, name, n_bytes, path in operations:
+        if name in ("open", "write"):
+            on_disk.setdefault(path, 0)
+        elif name == "fsync":
+            on_disk[path] = int(n_bytes)
+    for path, kept in on_disk.items():
+        n = os.path.getsize(path) if os.path.isfile(path) else 0
+        if n <= kept and not (n == 0 and os.path.isfile(path)):
+            continue
+        n_lost += 1
+        if state == "missing" and not kept:
+            os.unlink(path)
+        elif state == "zeros":
+            with open(path, "r+b") as file:
+                file.seek(kept)
+                file.write(bytes(n - kept))
+        else:
+            os.truncate(path, kept + (n - kept) // 2 * (state == "half"))
+    return n_lost
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_power_loss(whole, place, state):
+    """At each fsync, rename and removal: files that are not on the disk yet are lost, empty, zeros or half."""
+    def prepare():
+        shutil.rmtree(place.runs.out_dir, ignore_errors=True)
+
+    prepare()
+    place.finish(whole)
+    operations, n_lost = place.operations(), 0
+    for n, name, *_ in operations:
+        if name in ("fsync", "rename", "replace", "rmdir"):
+            prepare()
+            assert place.run("kill_at", (int(n),)) == -9
+            n_lost += lose_power(place.operations()[:-1], state)
+            place.finish(whole)
+    assert n_lost > 20
+
+
+def test_the_same_faults_end_naive_runs(whole, place):
+    """The control: where a save in place is killed, the run that goes on fails or ends with other bits."""
+    shutil.rmtree(place.runs.out_dir, ignore_errors=True)
+    place.finish(whole, control=True)
+    operations, failed, tried = place.operations(), 0, 0
+    for at in targets(operations):
+        if "step-00000004" in operations[at[0] - 1][3]:
+            shutil.rmtree(place.runs.out_dir)
+            assert place.run("kill_at", at, control=True) == -9
+            tried += 1
+            try:
+                place.finish(whole, control=True)
+            except (AssertionError, OSError):
+                failed += 1
+    print(f"naive: {failed} of {tried} fail")
+    assert failed > tried / 2
+
+
+@pytest.mark.parametrize("i", range(60))
+def test_at_random_instants(whole, place, i):
+    """Several times in a run, and once it is not killed."""
+    generator = random.Random(f"{SEED} {i}")
+    print(f"FAULTS_SEED={SEED}")
+    for _ in range(generator.randint(1, 4)):
+        process = place.start()
+        process.join(generator.uniform(0, 0.4))
+        process.kill()
+        process.join()
+    place.finish(whole)

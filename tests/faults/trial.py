@@ -1,0 +1,68 @@
+"""
+Runs of train_gpt2.py in processes of their own that may be killed, each in a tenth of a second: they are forked off a
+server that has imported torch (multiprocessing's forkserver).
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import torch
+import tqdm
+
+torch.set_num_threads(1)  # before the server forks: a pool of threads does not survive it
+tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
+
+import train_gpt2  # noqa: E402
+from tests.faults import naive, shim  # noqa: E402
+
+SECONDS = 60  # a trial that hangs is a failed one
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload([__name__])
+
+
+def main(options: list[str], out: Path, fault: str, arguments: tuple, control: bool):
+    """
+    In the child: train_gpt2.py with these options, stdout and stderr into `out`, under one of shim's faults. control:
+    with naive.py in place of checkpoint.py, to see that the fault is one.
+    """
+    out.with_suffix(".operations").unlink(missing_ok=True)
+    descriptor = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    signal.alarm(SECONDS)
+    if control:
+        naive.install()
+    chosen = getattr(shim, fault)
+    shim.Shim(out.with_suffix(".operations"), chosen(*arguments) if arguments else chosen)
+    try:
+        code = train_gpt2.main(options)
+    except SystemExit as end:
+        code = end.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def start(options: list[str], out: Path, fault="none", arguments=(), control=False):
+    """The process, started."""
+    process = server.Process(target=main, args=(options, out, fault, arguments, control))
+    process.start()
+    return process
+
+
+def run(options: list[str], out: Path, fault="none", arguments=(), control=False) -> int:
+    """Its exit code, or less than 0 for the signal that ended it."""
+    process = start(options, out, fault, arguments, control)
+    process.join()
+    return process.exitcode
+
+
+def operations(out: Path) -> list[str]:
+    """What the last trial with this `out` did to files, one operation a line: number, name, path."""
+    return out.with_suffix(".operations").read_text().splitlines()
