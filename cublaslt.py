@@ -2,9 +2,9 @@
 Matrix products by NVIDIA's cuBLASLt, for what torch.mm leaves undone: of the algorithms that cuBLASLt proposes the
 fastest is found by trial, and GELU or its gradient is computed before the result is written ("epilogue").
 
-cuBLAS takes the first proposal, the best by a model of its own. On an H100 the products of a d12 step take 11 % longer
+cuBLAS takes the first proposal, the best by a model of its own. On an H100 the products of a d12 step take 12 % longer
 with those than with the best ones (docs/experiments.md); which they are depends on the shapes and on the GPU. So a
-product tries all of them, on its own operands, when its shapes first come: some 0.1 s.
+product tries all of them, on its own operands, when its shapes first come: some 0.1 s. Two runs may choose differently.
 
 The numbers are those of cublasLt.h, of CUDA 12 and 13. cuBLASLt counts in columns, and a matrix in rows is its
 transposed one in columns: what it is asked for is out^T = right^T left^T.
@@ -34,20 +34,29 @@ class Proposal(ctypes.Structure):
 
 def matmul(layout, left, right, out, epilogue=None, aux=None, accumulate=False):
     """
-    out = left right, or out += left right, as (M, K) times (K, N); all contiguous, in bfloat16, out also in float32.
-    layout: NN; NT where right is given as (N, K); TN where left is given as (K, M). epilogue: gelu puts left right
-    into aux and GELU (tanh) of it into out, gelu_backward multiplies it by the derivative of GELU at aux; aux is as
-    out. RuntimeError where cuBLASLt has no algorithm.
+    out = left right, or out += left right, as (M, K) times (K, N), on the current device and one stream; all contiguous
+    from an address that 256 divides, as torch allocates, in bfloat16, out also in float32. layout: NN; NT where right
+    is given as (N, K); TN where left is given as (K, M). epilogue: gelu puts left right into aux and GELU (tanh) of it
+    into out, gelu_backward multiplies it by the derivative of GELU at aux; aux is as out. ValueError for other
+    tensors, RuntimeError where cuBLASLt has no algorithm.
     """
-    K = left.size(0 if layout[0] == "T" else 1)
-    product = Product.of(layout, *out.shape, K, out.dtype, epilogue, accumulate, out.device)
-    product(left, right, out, aux)
+    for x in (left, right, out, *(() if aux is None else (aux,))):
+        if not (x.is_contiguous() and x.data_ptr() % 256 == 0 and (x.dtype == torch.bfloat16 or x is out)):
+            raise ValueError(f"cuBLASLt is given {x.dtype}, strides {x.stride()}, not aligned and contiguous bfloat16")
+    (M, N), K = out.shape, left.size(0 if layout[0] == "T" else 1)
+    if tuple(left.shape) != ((K, M) if layout[0] == "T" else (M, K)) or (
+            tuple(right.shape) != ((N, K) if layout[1] == "T" else (K, N))):
+        raise ValueError(f"{layout} product of {tuple(left.shape)} and {tuple(right.shape)} is not {tuple(out.shape)}")
+    product_of(layout, M, N, K, out.dtype, epilogue, accumulate, out.device)(left, right, out, aux)
+
+
+@functools.cache
+def product_of(*arguments):
+    return Product(*arguments)
 
 
 class Product:
     """A product of these shapes, on one device."""
-
-    of = functools.cache(lambda *arguments: Product(*arguments))
 
     def __init__(self, layout, M, N, K, out_dtype, epilogue, accumulate, device):
         self.name = f"{layout} product of {M} x {K} x {N} with {epilogue or 'no'} epilogue"
@@ -76,11 +85,14 @@ class Product:
         try:
             call("MatmulAlgoGetHeuristic", self.handle, self.description, self.right, self.left, self.out, self.out,
                  preference, len(found), found, byref(n))
+            proposals = [proposal for proposal in found[:n.value] if proposal.status == 0]
+            if not proposals:
+                raise RuntimeError("cuBLASLt proposes no algorithm")
         except RuntimeError as error:
             raise RuntimeError(f"{error}, for a {self.name}: use --kernels plain") from error
         finally:
             call("MatmulPreferenceDestroy", preference)
-        return found[:n.value]
+        return proposals
 
     def __call__(self, left, right, out, aux):
         if aux is not None:
@@ -92,7 +104,8 @@ class Product:
     def run(self, proposal, left, right, out):
         call("Matmul", self.handle, self.description, byref(self.one), address(right), self.right, address(left),
              self.left, byref(self.beta), address(out), self.out, address(out), self.out, byref(proposal),
-             address(self.workspace), c_size_t(WORKSPACE_BYTES), c_void_p(torch.cuda.current_stream().cuda_stream))
+             address(self.workspace), c_size_t(WORKSPACE_BYTES),
+             c_void_p(torch.cuda.current_stream(out.device).cuda_stream))
 
     def find_fastest(self, left, right, out) -> Proposal:
         """In turns, so that the GPU is as warm for each."""

@@ -27,7 +27,7 @@ def weight_shapes(config: GPTConfig) -> dict[tuple[int, int], int]:
     return {(C, 3 * C): L, (C, C): L, (C, 4 * C): L, (4 * C, C): L, (C, config.vocab_size): 1}
 
 
-def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, kernels="plain") -> dict[str, int]:
+def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, kernels: str) -> dict[str, int]:
     """
     Bytes that a step must read and write for each kind of kernel but products and attention. itemsize: of an element
     of the activations; parameters, gradients and moments are float32.
@@ -42,7 +42,7 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, 
     embedding        a row read and x written; in backward the gradient of x added to a row
     optimizer        AdamW reads the weight, its gradient and two moments and writes all but the gradient, which the
                      norm for clipping has read before
-    other            in 16 bits: each weight is cast for the products, and its gradient back
+    other            in 16 bits: each weight is cast for the products, and with plain kernels its gradient back
     """
     x, L = tokens * config.n_embd * itemsize, config.n_layer
     branch = 6 + 2 * config.pre_norm + 2 * config.post_norm  # times x
@@ -52,21 +52,22 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, 
         "norm and rotary": (2 * branch + 8 + 2 * config.qk_norm) * x * L + 4 * x,
         "embedding": 2 * x + 3 * 4 * tokens * config.n_embd,
         "optimizer": (7 + 1) * 4 * num_params,
-        "other": 2 * (4 + itemsize) * num_params if itemsize < 4 else 0,
+        "other": (1 + (kernels == "plain")) * (4 + itemsize) * num_params if itemsize < 4 else 0,
     }
 
 
 @functools.cache
-def products_ms(tokens: int, n_in: int, n_out: int, device: torch.device, dtype: torch.dtype, kernels="plain") -> float:
+def products_ms(tokens: int, n_in: int, n_out: int, device: torch.device, dtype: torch.dtype, kernels: str) -> float:
     """(N, n_in) times a weight, and in backward its gradient times the weight and times the input; each alone."""
     n = min(tokens, MOST_TOKENS)
     x, d_y, weight = (torch.randn(shape, device=device, dtype=dtype)
                       for shape in ((n, n_in), (n, n_out), (n_out, n_in)))
-    plain = lambda: x @ weight.T, lambda: d_y @ weight, lambda: d_y.T @ x
-    fused = (lambda: product("NT", x, weight, dtype), lambda: product("NN", d_y, weight, dtype),
-             lambda: product("TN", d_y, x, torch.float32))
+    runs = lambda: x @ weight.T, lambda: d_y @ weight, lambda: d_y.T @ x
+    if kernels == "fused":
+        runs = (lambda: product("NT", x, weight, dtype), lambda: product("NN", d_y, weight, dtype),
+                lambda: product("TN", d_y, x, torch.float32))
     total = 0.0
-    for run in plain if kernels == "plain" else fused:
+    for run in runs:
         run()  # `milliseconds` wants it
         total += milliseconds(run, device)
     return total * tokens / n

@@ -22,6 +22,7 @@ from cublaslt import matmul
 
 IGNORED = -1  # target without loss
 CHUNK_TOKENS = 8192  # 0.8 GiB of logits; with fewer tokens than this, plain needs less memory
+DTYPE = torch.bfloat16  # of the products
 HEADS = 32  # heads of tokens that a program of rotate's kernels works on
 
 
@@ -43,19 +44,23 @@ def choose_kernels(name: str | None, device: torch.device, dtype: torch.dtype) -
     return name or ("plain" if cannot else "fused")
 
 
-@functools.cache
+@functools.cache  # the same ones each time, which is how torch.compile knows them again
 def parts(recompute_gelu: bool):
     """What model.PLAIN has. recompute_gelu: GELU's output, 4 C for each token and layer, is not kept for backward."""
-    return SimpleNamespace(linear=Linear.apply, mlp=functools.partial(mlp, recompute_gelu=recompute_gelu),
-                           rotate=rotate, cross_entropy=cross_entropy)
+    return SimpleNamespace(linear=linear, mlp=functools.partial(mlp, recompute_gelu=recompute_gelu), rotate=rotate,
+                           cross_entropy=cross_entropy)
 
 
 # -----------------------------------------------------------------------------
 # matrix products
 
 
+def linear(x, weight):
+    """F.linear, in bfloat16. weight is cast whenever it is needed, its gradient never."""
+    return Linear.apply(x.to(DTYPE), weight)
+
+
 class Linear(torch.autograd.Function):
-    """F.linear; weight: (outputs, inputs), float32, cast whenever it is needed, its gradient never rounded."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -74,8 +79,8 @@ def linear_backward(d_y, x, weight):
 
 
 def mlp(x, fc, proj, recompute_gelu=False):
-    """model.mlp."""
-    return MLP.apply(x, fc, proj, recompute_gelu)
+    """model.mlp, in bfloat16, with weights as in `linear`."""
+    return MLP.apply(x.to(DTYPE), fc, proj, recompute_gelu)
 
 
 class MLP(torch.autograd.Function):
@@ -99,15 +104,21 @@ class MLP(torch.autograd.Function):
 
 @torch.library.custom_op("gpt2_variants::product", mutates_args=())
 def product(layout: str, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """cublaslt.matmul in the dtype of left, the result in `dtype`."""
+    """cublaslt.matmul, the result in `dtype`."""
     out = left.new_empty(product_shape(layout, left, right), dtype=dtype)
-    matmul(layout, left.contiguous(), right.to(left.dtype).contiguous(), out)
+    matmul(layout, operand(left), operand(right), out)
     return out
 
 
 @product.register_fake
 def _(layout, left, right, dtype):
     return left.new_empty(product_shape(layout, left, right), dtype=dtype)
+
+
+def operand(x):
+    """As cublaslt.matmul wants it."""
+    x = x.to(DTYPE).contiguous()
+    return x if x.data_ptr() % 256 == 0 else x.clone()
 
 
 def product_shape(layout, left, right):
@@ -118,7 +129,7 @@ def product_shape(layout, left, right):
 def product_gelu(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(GELU of x weight^T, x weight^T); x: (N, C)."""
     out, before = (x.new_empty(len(x), len(weight)) for _ in range(2))
-    matmul("NT", x.contiguous(), weight.to(x.dtype), out, "gelu", before)
+    matmul("NT", operand(x), operand(weight), out, "gelu", before)
     return out, before
 
 
@@ -131,7 +142,7 @@ def _(x, weight):
 def product_gelu_backward(d_y: torch.Tensor, weight: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """d_y weight times the derivative of GELU at `before`; d_y: (N, C)."""
     out = torch.empty_like(before)
-    matmul("NN", d_y.contiguous(), weight.to(d_y.dtype), out, "gelu_backward", before)
+    matmul("NN", operand(d_y), operand(weight), out, "gelu_backward", before)
     return out
 
 
@@ -145,8 +156,8 @@ def _(d_y, weight, before):
 
 
 def cross_entropy(x, weight, targets):
-    """model.cross_entropy. The logits and their gradient have the dtype of x; sums and d_weight are float32."""
-    return linear_cross_entropy(x, weight, targets)[0]
+    """model.cross_entropy. The logits and their gradient are bfloat16; sums and d_weight are float32."""
+    return linear_cross_entropy(x.to(DTYPE), weight, targets)[0]
 
 
 @torch.library.custom_op("gpt2_variants::linear_cross_entropy", mutates_args=())
@@ -154,7 +165,7 @@ def linear_cross_entropy(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, its gradient by x, its gradient by weight). An operator of its own: torch.compile takes it as it is."""
-    weight = weight.to(x.dtype)
+    x, weight = operand(x), operand(weight)
     n_targets = (targets != IGNORED).sum()
     losses = torch.empty_like(targets, dtype=torch.float32)
     d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)

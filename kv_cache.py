@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from compiling import compile_static
-from model import GPT, rotary_angles
+from model import GPT, PLAIN, rotary_angles
 
 CHUNK_TOKENS = 256  # of a prompt at a time: what bounds the memory of the scores
 
@@ -92,6 +92,7 @@ class KVCache:
         """
         if self.n_tokens + idx.size(1) > self.max_tokens:
             raise ValueError(f"{self.n_tokens + idx.size(1)} tokens are more than max_tokens={self.max_tokens}")
+        self.model.use(PLAIN)
         for part in idx.split(CHUNK_TOKENS, dim=1):
             position = torch.arange(self.n_tokens, self.n_tokens + part.size(1), device=idx.device)
             logits = self.run(part, position) if part.size(1) > 1 else self.feed_one(part, position)

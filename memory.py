@@ -164,7 +164,8 @@ def block_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
     C, x = config.n_embd, 2 * B * T * config.n_embd
     read = 0 if config.pre_norm else x  # of its input, which c_attn has as its own input then
     alive = layer_bytes(config, backend, B, T, kernels) - read + x  # x: the output
-    return Need(saved=alive + read, forward_peak=alive + x, backward_peak=alive + FIRST_GRADIENT * C * C)
+    copy = 2 * 4 * C * C if kernels == "fused" else 0  # of the last weight, in bf16
+    return Need(saved=alive + read, forward_peak=alive + x + copy, backward_peak=alive + FIRST_GRADIENT * C * C)
 
 
 def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="fused", recompute=False) -> Need:

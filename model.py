@@ -307,6 +307,12 @@ class GPT(nn.Module):
             return backend, None, kernels
         return backend, sdpa_choice(T, head_dim, device, dtype, masked=backend == "blocked"), kernels
 
+    def use(self, parts):
+        """Takes these for PLAIN's, from now on."""
+        self.parts = parts
+        for block in self.transformer.h:
+            block.attn.parts = block.mlp.parts = parts
+
     def forward(self, idx, targets=None):
         """
         idx, targets: (B, T) int64. Without targets returns (logits (B, T, V), None); with targets (None, loss), the
@@ -316,9 +322,7 @@ class GPT(nn.Module):
         backend, sdpa, kernels = self.choose_kernels(T, device, dtype)
         for attention in self.windowed_attentions():
             attention.prepare(backend, B, T, device, dtype)
-        self.parts = fused.parts(self.recompute_gelu) if kernels == "fused" else PLAIN
-        for block in self.transformer.h:
-            block.attn.parts = block.mlp.parts = self.parts
+        self.use(fused.parts(self.recompute_gelu) if kernels == "fused" else PLAIN)
         with use_sdpa(sdpa):
             return self.run(idx, targets, *rotary_tables(T, self.config.head_dim, device))
 

@@ -84,7 +84,7 @@ class TrainConfig:
     kernels: Literal["fused", "plain"] | None = None
     """fused.py's, or as one reads them in model.py; None: fused on CUDA in bfloat16, else plain"""
     recompute_gelu: bool = False
-    """with fused kernels: keep GELU's input alone for backward, up to a quarter less memory, some 3 % slower"""
+    """with fused kernels: keep GELU's input alone for backward, up to a quarter less memory, a little slower"""
     wandb: bool = False
     """mirror the metrics to Weights & Biases (pip install wandb); offline without a key"""
 

@@ -127,16 +127,17 @@ def test_the_products_are_all_weights(name):
 def test_least_bytes():
     """tiny: C = 64, 2 layers, 50,304 ids; 10 tokens in bfloat16, so that one x has 1,280 bytes."""
     plain, x = variant("tiny"), 1280
-    n_bytes = least_bytes(plain, tokens=10, num_params=1000, itemsize=2)
+    n_bytes = least_bytes(plain, 10, 1000, 2, "plain")
     assert n_bytes == {"loss": 2 * 10 * 50_304 * 2, "activation": 2 * (8 + 12) * x,
                        "norm and rotary": 2 * (4 + 4 + 4 + 4 + 8) * x + 4 * x, "embedding": 10 * 64 * (2 * 2 + 3 * 4),
                        "optimizer": 32_000, "other": 12_000}
-    assert least_bytes(plain, 10, 1000, 2, "fused") == n_bytes | {"activation": 0}
-    assert least_bytes(plain, 10, 1000, 4)["other"] == 0
-    assert least_bytes(plain, 10, 1000, 4)["loss"] == 2 * n_bytes["loss"]
+    assert least_bytes(plain, 10, 1000, 2, "fused") == n_bytes | {"activation": 0, "other": 6_000}
+    assert least_bytes(plain, 10, 1000, 4, "plain")["other"] == 0
+    assert least_bytes(plain, 10, 1000, 4, "plain")["loss"] == 2 * n_bytes["loss"]
 
     def more(**flags):
-        return least_bytes(replace(plain, **flags), 10, 1000, 2)["norm and rotary"] - n_bytes["norm and rotary"]
+        name = "norm and rotary"
+        return least_bytes(replace(plain, **flags), 10, 1000, 2, "plain")[name] - n_bytes[name]
 
     assert more(qk_norm=True) == 2 * 2 * x
     assert more(post_norm=True) == 2 * 4 * x
@@ -169,17 +170,19 @@ def test_floor_of_made_up_rates(monkeypatch):
 
 def test_the_floor_of_fused_kernels_is_that_of_their_products(monkeypatch):
     asked = []
-    monkeypatch.setattr(floor, "product", lambda layout, left, right, dtype: asked.append((layout, dtype)))
+    monkeypatch.setattr(floor, "product", lambda layout, left, right, dtype: asked.append(
+        (layout, *left.shape, *right.shape, dtype)))
     monkeypatch.setattr(floor, "milliseconds", lambda run, device: 1.0)
     assert floor.products_ms(4, 8, 16, CPU, torch.bfloat16, "fused") == 3
-    assert asked == [("NT", torch.bfloat16), ("NN", torch.bfloat16), ("TN", torch.float32)]
+    assert asked == [("NT", 4, 8, 16, 8, torch.bfloat16), ("NN", 4, 16, 16, 8, torch.bfloat16),
+                     ("TN", 4, 16, 4, 8, torch.float32)]
     floor.products_ms.cache_clear()
 
 
 def test_many_tokens_are_measured_as_a_multiple(monkeypatch):
     monkeypatch.setattr(floor, "MOST_TOKENS", 16)
     monkeypatch.setattr(floor, "milliseconds", lambda run, device: 1.0 * (max(run().shape) <= 16))
-    assert floor.products_ms(40, 8, 8, CPU, torch.float32) == 3 * 40 / 16
+    assert floor.products_ms(40, 8, 8, CPU, torch.float32, "plain") == 3 * 40 / 16
 
 
 # -----------------------------------------------------------------------------
@@ -285,6 +288,25 @@ def test_out_of_memory(tmp_path, monkeypatch, capsys):
     assert call(bench.main, [*SMALL, f"--out_dir={tmp_path}"]) == 1
     error = capsys.readouterr().err
     assert "--batch_size" in error and error.count("\n") == 1
+
+
+def test_how_a_step_is_computed_reaches_the_model_and_the_floor(tmp_path, monkeypatch):
+    """Both settings of --compare; on the CPU nothing but plain serves, so that what was asked for is looked at."""
+    built, floors, init = [], [], GPT.__init__
+
+    def watched(self, config, *options, **more):
+        init(self, config, None, "plain", **more)
+        built.append(options)
+        self.asked = options
+
+    monkeypatch.setattr(GPT, "__init__", watched)
+    monkeypatch.setattr(bench, "measure_floor", lambda model, *shape: floors.append(model.asked) or {
+        "kinds": {}, "product_flops_per_s": 1.0, "copy_bytes_per_s": 1.0})
+    options = [*SMALL, "--window_size=8", "--window_backend=blocked", "--kernels=fused", "--recompute_gelu",
+               "--compare=--kernels plain --no_recompute_gelu", f"--out_dir={tmp_path}"]
+    assert call(bench.main, options) == 0
+    assert {("blocked", "fused", True), ("blocked", "plain", False)} <= set(built)
+    assert floors == [("blocked", "fused"), ("blocked", "plain")]
 
 
 def test_verify(monkeypatch):

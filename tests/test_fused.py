@@ -16,6 +16,7 @@ import cublaslt
 import fused
 import model
 from configs.variants import variant
+from kv_cache import KVCache
 from memory import layer_bytes
 from model import GPT, GPTConfig, apply_rotary, norm, rotary_tables
 
@@ -72,7 +73,7 @@ def cross_entropy_in_torch(logits, targets, losses, n_targets):
 
 def matmul_in_torch(layout, left, right, out, epilogue=None, aux=None, accumulate=False):
     """What cuBLASLt does."""
-    assert left.is_contiguous() and right.is_contiguous() and left.dtype == right.dtype
+    assert left.is_contiguous() and right.is_contiguous() and left.dtype == right.dtype == fused.DTYPE
     y = (left.T if layout[0] == "T" else left).float() @ (right.T if layout[1] == "T" else right).float()
     if epilogue == "gelu":
         aux.copy_(y)
@@ -100,6 +101,7 @@ def in_torch(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_in_chunks(in_torch, monkeypatch, chunk, dtype):
     """The chunks, the products and autograd."""
+    monkeypatch.setattr(fused, "DTYPE", dtype)
     monkeypatch.setattr(fused, "CHUNK_TOKENS", chunk)
     compare(*inputs(dtype))
 
@@ -176,6 +178,7 @@ def test_fused_in_the_model(in_torch, monkeypatch, name, compiled, recompute_gel
     results = []
     for form in "plain", "fused":
         gpt = GPT(variant(name), recompute_gelu=recompute_gelu and form == "fused")
+        monkeypatch.setattr(fused, "DTYPE", torch.float32)
         if compiled:
             gpt.compile(backend="aot_eager")
         monkeypatch.setattr(fused, "choose_kernels", lambda *_, form=form: form)
@@ -188,6 +191,35 @@ def test_fused_in_the_model(in_torch, monkeypatch, name, compiled, recompute_gel
         results.append((nats, *(weight.grad for weight in gpt.parameters())))
     for of_plain, of_fused in zip(*results, strict=True):
         torch.testing.assert_close(of_fused, of_plain, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_not_bfloat16_is_cast(in_torch):
+    """As autocast does: an edit that makes the stream float32, weights in another order, gradients with strides."""
+    generator = torch.Generator().manual_seed(0)
+    x, d_y = (torch.randn(4, 6, 16, generator=generator) for _ in range(2))
+    fc, proj = torch.randn(64, 16, generator=generator), torch.randn(64, 16, generator=generator).T
+    for plain, form, weights in ((F.linear, fused.linear, (fc[:16],)),
+                                 (model.mlp, fused.mlp, (fc, proj))):
+        results = []
+        for function, dtype in (plain, torch.float64), (plain, torch.bfloat16), (form, torch.float32):
+            inputs = [tensor.to(dtype).requires_grad_() for tensor in (x, *weights)]
+            y = function(*inputs)
+            transposed = d_y.transpose(0, 1).contiguous().transpose(0, 1).to(y.dtype)
+            results.append((y, *torch.autograd.grad(y, inputs, transposed)))
+        assert results[2][0].dtype == torch.bfloat16 and {g.dtype for g in results[2][1:]} == {torch.float32}
+        for exact, of_plain, of_fused in zip(*results, strict=True):
+            error_of_plain, error = (((z.double() - exact).norm() / exact.norm()).item() for z in (of_plain, of_fused))
+            assert error <= 1.1 * error_of_plain, (error, error_of_plain)
+
+
+def test_a_cache_takes_plain_parts_whatever_ran_before(in_torch, monkeypatch):
+    gpt = GPT(variant("tiny"))
+    monkeypatch.setattr(fused, "choose_kernels", lambda *_: "fused")
+    with torch.autocast("cpu", torch.bfloat16):
+        gpt(torch.zeros(1, 4, dtype=torch.int64))
+    in_torch.clear()
+    KVCache(gpt, 8).feed(torch.zeros(1, 4, dtype=torch.int64))
+    assert in_torch == {}
 
 
 @pytest.mark.parametrize("flags", [{}, {"qk_norm": True}, {"post_norm": True}, {"post_norm": True, "pre_norm": False}])
@@ -221,7 +253,7 @@ def test_kernel_in_the_interpreter():
     code = ("import torch, fused; from tests.test_fused import *\n"
             "fused.CHUNK_TOKENS, fused.matmul = 7, matmul_in_torch\n"
             "for dtype in torch.float32, torch.bfloat16:\n"
-            "    compare(*inputs(dtype))\n"
+            "    fused.DTYPE = dtype; compare(*inputs(dtype))\n"
             "    x, weight, targets = inputs(dtype); targets[4] = len(weight)\n"
             "    assert fused.cross_entropy(x, weight.to(dtype), targets).isnan(), 'not an id'\n"
             "    for shape in SHAPES: compare_rotate(dtype, 'cpu', *shape)")

@@ -144,14 +144,15 @@ def test_saved_by_the_model(as_compiled, monkeypatch):
 
 
 MEASURED_MIB = {  # max_memory_allocated of steps of 65,536 tokens: variant, batch size, recompute; H100, torch 2.11
-    ("d12_qk_norm", 64, False): 18893, ("d12", 1, False): 18836, ("d12_window256", 8, False): 18822,
+    ("d12_qk_norm", 64, False): 18893, ("d12_window256", 8, False): 18822,
+    ("d12", 1, False): 18836,  # with a window of 1,024, which makes no difference here
 }
 
 
 @pytest.mark.parametrize(("name", "B", "recompute"), MEASURED_MIB)
 def test_training_need_is_near_the_measured(name, B, recompute):
     need = training_need(variant(name), None, B, 65_536 // B, 1, "fused", recompute)
-    assert need / MIB == pytest.approx(MEASURED_MIB[name, B, recompute], rel=0.01)
+    assert need / MIB == pytest.approx(MEASURED_MIB[name, B, recompute], rel=0.0015)
 
 
 def test_training_need_by_hand():

@@ -580,6 +580,19 @@ def test_memory_advice():
         assert "--recompute" not in memory_advice(other, d12, 64, 1)
 
 
+def test_how_a_run_is_computed_reaches_the_model(runs, monkeypatch):
+    asked, init = [], GPT.__init__
+
+    def watched(self, config, window_backend=None, kernels=None, recompute_gelu=False, seed=0):
+        init(self, config, window_backend, kernels, seed=seed)
+        asked.append((window_backend, kernels, recompute_gelu, seed))
+
+    monkeypatch.setattr(GPT, "__init__", watched)
+    assert runs(recompute_gelu=True, kernels="plain", window_size=8, window_backend="blocked", seed=3, max_steps=1,
+                warmup_steps=0) == 0
+    assert asked == [("blocked", "plain", True, 0), ("blocked", "plain", True, 3)]  # for the plan, and the model
+
+
 def test_recompute_gelu_without_fused_kernels(runs, capsys):
     assert runs(recompute_gelu=True) == 2
     assert capsys.readouterr().err == "error: recompute_gelu needs kernels=fused, which serve CUDA in bfloat16\n"
