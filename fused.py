@@ -61,7 +61,6 @@ def linear(x, weight):
 
 
 class Linear(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
