@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -48,13 +49,16 @@ def save(run_directory: Path, step: int, model: torch.nn.Module, optimizer, stat
         manifest = {name: write_hashed(temporary / name, parts) for name, parts in zip(FILES, contents, strict=True)}
         write_hashed(temporary / "manifest.json", [json_bytes(manifest)])
         fsync(temporary)
+        target = temporary.rename(run_directory / directory_name(step))
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    target = temporary.rename(run_directory / directory_name(step))
     fsync(run_directory)
-    for old in list_checkpoints(run_directory)[keep_last:]:
-        shutil.rmtree(old)
+    with suppress(OSError):  # what stays goes after the next save
+        for old in list_checkpoints(run_directory)[keep_last:]:
+            old.rename(run_directory / f".removing-{old.name}")  # no checkpoint any more, before it is half of one
+        for removed in run_directory.glob(".removing-*"):
+            shutil.rmtree(removed)
     return target
 
 
@@ -86,7 +90,7 @@ def tidy(run_directory: Path, step: int):
     neither count nor stand in the way, and removes what a killed process was writing. Raises CannotWrite.
     """
     with writing(run_directory):
-        for unfinished in run_directory.glob(".saving-*"):
+        for unfinished in (*run_directory.glob(".saving-*"), *run_directory.glob(".removing-*")):
             shutil.rmtree(unfinished)
         for unfinished in run_directory.glob(".*.tmp"):
             unfinished.unlink()

@@ -41,10 +41,16 @@ def write_hashed(path: Path, parts: Iterable) -> dict:
             left = memoryview(part).cast("B")
             digest.update(left)
             n_bytes += len(left)
-            while left:
-                left = left[file.write(left[:MOST_AT_ONCE]):]
+            write_all(file, left)
         os.fsync(file.fileno())
     return {"bytes": n_bytes, "sha256": digest.hexdigest()}
+
+
+def write_all(file, data) -> None:
+    """Into a file without a buffer, which may take a part at a time. Raises OSError."""
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left[:MOST_AT_ONCE]):]
 
 
 def fsync(path: Path) -> None:

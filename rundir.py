@@ -10,6 +10,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from files import fsync, write_json, write_text
+from files import fsync, write_all, write_json, write_text
 
 # exit codes
 DONE = 0
@@ -61,7 +62,15 @@ def writing(path: Path):
     try:
         yield
     except OSError as error:
-        raise CannotWrite(f"cannot write to {path}: {error.strerror or error}") from error
+        raise CannotWrite(cannot_write(path, error)) from error
+
+
+def cannot_write(path: Path, error: OSError) -> str:
+    """Why, and what the disk has left."""
+    with suppress(OSError):
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        return f"cannot write to {path}: {error.strerror or error} ({shutil.disk_usage(existing).free:,} bytes free)"
+    return f"cannot write to {path}: {error.strerror or error}"
 
 
 def check_writable(path: Path):
@@ -117,24 +126,36 @@ class RunDir:
             n_good = next((n for n, row in enumerate(rows) if row.get("step") != n + 1), len(rows))
             missing = [json.dumps({"step": n}) for n in range(n_good + 1, step + 1)]
             write_text(path, "".join(line + "\n" for line in lines[:n_good] + missing))
-            self.metrics, self.step = open(path, "a"), step
+            self.metrics, self.step = open(path, "r+b", buffering=0), step
+            self.unwritten, self.written = b"", path.stat().st_size
         if missing:
             print(f"{path}: steps {n_good + 1} to {step} are missing or damaged", file=sys.stderr)
         return max((row.get("time_s", 0.0) for row in rows[:n_good]), default=0.0)
 
     def log(self, row: dict):
-        """One line of metrics.jsonl, and wandb's copy of it; what is not finite becomes null."""
+        """
+        One line of metrics.jsonl, and wandb's copy of it; what is not finite becomes null. A line that cannot be
+        written waits for the next one, or for `sync`.
+        """
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in row.items()}
-        with writing(self.path):
-            self.metrics.write(json.dumps(finite) + "\n")
-            self.metrics.flush()
+        self.unwritten += json.dumps(finite).encode() + b"\n"
+        with suppress(OSError):
+            self.write_lines()
         self.step = row["step"]
         if self.mirror:
             self.mirror.log(finite)
 
+    def write_lines(self):
+        """At the place where they belong, so that what a full disk cut off is written over. Raises OSError."""
+        self.metrics.seek(self.written)
+        write_all(self.metrics, self.unwritten)
+        self.written += len(self.unwritten)
+        self.unwritten = b""
+
     def sync(self):
         """Waits until metrics.jsonl is on the disk: a checkpoint must not be ahead of it. Raises OSError."""
+        self.write_lines()
         os.fsync(self.metrics.fileno())
 
     def close(self, reason: str, code: int):

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -295,6 +296,8 @@ def test_order_of_writing(runs, monkeypatch):
         events.append(("fsync", os.fstat(descriptor).st_ino))
 
     def record_rename(self, target):
+        if Path(target).name.startswith(".removing"):
+            return rename(self, target)
         inode = {path.name: path.stat().st_ino for path in (self, *self.iterdir())}
         times = {path.name: path.stat().st_mtime_ns for path in self.iterdir()}
         assert times["manifest.json"] == max(times.values())
@@ -319,8 +322,8 @@ def test_order_of_writing(runs, monkeypatch):
         synced = {event[1] for event in events[:index] if event[0] == "fsync"}
         assert [name for name, inode in inodes.items() if inode not in synced] == []
         assert events[index + 1] == ("fsync", runs.path.stat().st_ino)
-    assert [event for event in events if event[0] == "remove"] == [("remove", "step-00000005")]
-    assert events.index(("remove", "step-00000005")) > renames[2] + 1
+    assert [event for event in events if event[0] == "remove"] == [("remove", ".removing-step-00000005")]
+    assert events.index(("remove", ".removing-step-00000005")) > renames[2] + 1
 
 
 # -----------------------------------------------------------------------------
@@ -347,27 +350,64 @@ write_hashed = checkpoint.write_hashed
 @pytest.mark.parametrize(("function", "failure", "message"), [
     ("write_hashed", full, "No space left on device"), ("write_hashed", file_size_limit, "File too large"),
     ("fsync", full, "No space left on device")], ids=["write", "file size limit", "fsync"])
-def test_disk_full_at_a_checkpoint(runs, whole, capsys, function, failure, message):
+@pytest.mark.parametrize("failing, ends", [([5], 0), ([10], 0), ([5, 10], 0), ([12], 5), ([5, 10, 12], 5)])
+def test_disk_full_at_a_checkpoint(runs, whole, capsys, function, failure, message, failing, ends):
+    """Training goes on and the next save is another try; a run whose last save fails ends, with those before."""
     original, saved = checkpoint.save, []
 
     def save(run_directory, step, *arguments):
         with pytest.MonkeyPatch.context() as patch:
-            if step == 10:
+            if step in failing:
                 patch.setattr(checkpoint, function, failure)
             saved.append(step)
             return original(run_directory, step, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save", save)
-        assert runs(**TWELVE) == 5
+        assert runs(**TWELVE) == ends
     err = capsys.readouterr().err
-    assert f"error: cannot write to {runs.path}" in err and message in err and "Traceback" not in err
-    assert saved == [5, 10] and steps(runs.path) == [5]
-    assert status(runs.path)["code"] == 5
-    assert checkpoint.find_fault(runs.path / "step-00000005") is None
+    for step in failing:
+        kind, rest = ("error", "") if ends and step == 12 else ("warning", ", trying again at the next save")
+        assert re.search(rf"{kind}: cannot write to {re.escape(str(runs.path))}: {message} \([\d,]+ bytes free\); "
+                         rf"step {step} is not saved{rest}\n", err), err
+    assert "Traceback" not in err
+    good = [step for step in (5, 10, 12) if step not in failing][-2:]
+    assert saved == [5, 10, 12] and steps(runs.path) == good
+    assert status(runs.path)["code"] == ends
+    assert all(checkpoint.find_fault(path) is None for path in checkpoint.list_checkpoints(runs.path))
     assert {path.name for path in runs.path.iterdir()} == {
-        ".lock", "config.json", "source.diff", "metrics.jsonl", "status.json", "step-00000005"}
+        ".lock", "config.json", "source.diff", "metrics.jsonl", "status.json",
+        *(checkpoint.directory_name(step) for step in good)}
+    assert len(metrics(runs.path)) == 12
     assert runs(**TWELVE) == 0  # with space again
+    assert_same_result(runs.path, whole())
+
+
+def test_three_failed_saves_in_a_row_end_a_run(runs, whole, monkeypatch, capsys):
+    options = TWELVE | {"save_every": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "write_hashed", full)
+        assert runs(**options) == 5
+    assert capsys.readouterr().err.count("is not saved") == 3
+    assert len(metrics(runs.path)) == 6 and steps(runs.path) == []
+    assert runs(**options) == 0
+    assert_same_result(runs.path, whole())
+
+
+def test_lines_of_the_log_wait_for_space(runs, whole, monkeypatch):
+    """Also where a part of a line was written."""
+    write_all, n_calls = rundir.write_all, []
+
+    def sometimes_full(file, data):
+        n_calls.append(len(data))
+        if len(n_calls) in (2, 3, 4, 7):
+            write_all(file, data[:len(n_calls)])
+            full()
+        write_all(file, data)
+
+    monkeypatch.setattr(rundir, "write_all", sometimes_full)
+    assert runs(**TWELVE) == 0
+    assert n_calls[4] > 3 * n_calls[0] / 2
     assert_same_result(runs.path, whole())
 
 

@@ -424,7 +424,7 @@ def test_a_read_only_file_system(runs, no_model):
 
 def test_metrics_that_cannot_be_written_end_the_run(runs, capsys, monkeypatch):
     class Full:
-        def write(self, text):
+        def seek(self, place):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     original = rundir.RunDir.open_metrics

@@ -1,5 +1,6 @@
 """Killed anywhere, a run ends as if it had not been: the same bits, each step once in its log."""
 
+import errno
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import pytest
 import small
 from small import assert_same_result, steps
 
+import checkpoint
 from tests.faults import trial
 
 OPTIONS = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 6, "val_every": 3, "save_every": 2}
@@ -33,15 +35,17 @@ class Place:
         """(number, name, size at fsync, path) of the last trial."""
         return [line.split(" ", 3) for line in trial.operations(self.out)]
 
-    def finish(self, expected, control=False):
-        """The same command again ends as the uninterrupted run."""
+    def finish(self, expected, control=False, left=()):
+        """The same command again ends as the uninterrupted run, and nothing unfinished is left but `left`."""
         code = self.run(control=control)
         assert code == 0, self.out.read_text()[-2000:]
         assert_same_result(self.path, expected.path)
         if control:
             return
-        assert {path.name for path in self.path.iterdir()} >= {path.name for path in expected.path.iterdir()}
-        assert not list(self.path.glob(".*.tmp")) + list(self.path.glob(".saving-*"))
+        files, expected_files = ({path.name for path in place.path.iterdir() if path.is_file()}
+                                 for place in (self, expected))
+        assert files >= expected_files
+        assert {path.name for path in self.path.glob(".*")} <= {".lock", *left}
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +184,30 @@ def test_the_same_faults_end_naive_runs(whole, place):
                 failed += 1
     print(f"naive: {failed} of {tried} fail")
     assert failed > tried / 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO], ids=errno.errorcode.get)
+def test_error_at_every_operation(whole, place, number):
+    """Goes on and ends as if nothing had been, or ends with exit code 5, one line, and every checkpoint made before."""
+    shutil.rmtree(place.runs.out_dir, ignore_errors=True)
+    place.finish(whole)
+    operations, codes = place.operations(), []
+    for at, part in targets(operations):
+        if part:
+            continue
+        shutil.rmtree(place.runs.out_dir)
+        codes.append(place.run("fail_at", (at, number)))
+        said = place.out.read_text()
+        n_saved = sum(name == "rename" and ".saving-" in path for _, name, _, path in operations[:at - 1])
+        where = operations[at - 1], said[-1000:]
+        assert codes[-1] in (0, 5) and "Traceback" not in said, where
+        if codes[-1] == 5:
+            assert f"error: cannot write to {place.runs.out_dir}" in said and os.strerror(number) in said, where
+        if place.path.exists():
+            assert len(checkpoint.list_checkpoints(place.path)) >= min(n_saved, 2), where
+            assert all(checkpoint.find_fault(path) is None for path in checkpoint.list_checkpoints(place.path)), where
+        place.finish(whole, left=[".removing-step-00000002"])
+    assert codes.count(0) > codes.count(5) > 5
 
 
 @pytest.mark.parametrize("i", range(60))
