@@ -252,14 +252,15 @@ def prepare(point: Point, device: torch.device):
     dtype = machine.matmul_dtype(device)
     sdpa = SDPA_NAMES[sdpa_choice(point.T, point.config.head_dim, device, dtype, masked=point.backend == "blocked")]
     row = Row(point, sdpa, fitted=device.type == "cuda" and FITTED_T[point.part] == point.T)
+    tried = cublaslt.product_of.cache_info().misses
     with noting(row, device):
         forward, inputs, d_out = build(point, device, dtype)
         backward = partial(torch.autograd.grad, inputs=inputs, grad_outputs=d_out)
         backward(forward())  # compiles, and allocates what stays, such as cuBLAS's workspace
 
     def measure():
-        if fused.choose_kernels(None, device, dtype) == "fused" and point.part != "attention":
-            cublaslt.product_of.cache_clear()  # algorithms were tried while others used the GPU
+        if cublaslt.product_of.cache_info().misses > tried:
+            cublaslt.product_of.cache_clear()  # algorithms were tried while others used the GPU: again, alone
             backward(forward())
         out, alive, forward_peak = allocations(forward, device)
         _, _, backward_peak = allocations(partial(backward, out), device)
@@ -308,7 +309,7 @@ def measure_all(points: list[Point], device: torch.device) -> list[Row]:
     rows, progress = [], partial(tqdm, total=len(points), desc="measuring", disable=None, leave=False)
     if device.type != "cuda":
         return [prepare(point, device)() for point in progress(points)]
-    n_workers = max(1, min(10, os.cpu_count() - 1, int(machine.total_mib(device) / 5500)))  # a model needs 5 GiB
+    n_workers = max(1, min(12, os.cpu_count() - 1, int(machine.total_mib(device) / 5500)))  # a model needs 5 GiB
     spawn = multiprocessing.get_context("spawn")
     with progress() as bar, ExitStack() as stack:
         workers = [stack.enter_context(ProcessPoolExecutor(1, spawn, start_worker)) for _ in range(n_workers)]
