@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 
 from compiling import compile_static
 
@@ -181,6 +180,8 @@ def window_block_mask(T: int, W: int, device: torch.device) -> BlockMask:
 
 def flash_window_attention(q, k, v, W, sequence_starts):
     """varlen_attn over the B sequences as one; its window counts the keys before the query's own."""
+    from torch.nn.attention.varlen import varlen_attn  # a second of imports, most of them torch.compile's
+
     B, _, T, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B, H, T, D) -> (B T, H, D)
     y = varlen_attn(q, k, v, sequence_starts, sequence_starts, T, T, window_size=(W - 1, 0))

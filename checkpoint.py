@@ -9,6 +9,8 @@ import json
 import os
 import re
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,35 +18,30 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import machine
 from files import fsync, sha256, write_hashed
 from model import GPT, GPTConfig
-from rundir import BadOption, NoValidCheckpoint, writing
+from rundir import BadOption, CannotWrite, NoValidCheckpoint, RunDir, cannot_write, writing
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
+MOST_FAILED_SAVES = 3  # one after the other, then a run ends
 
 
 # -----------------------------------------------------------------------------
 # write
 
 
-def save(run_directory: Path, step: int, model: torch.nn.Module, optimizer, state: dict, keep_last: int) -> Path:
+def save(run_directory: Path, step: int, weights: dict, moments: dict, state: dict, keep_last: int) -> Path:
     """
     Writes step-<step> so that it appears whole or not at all, then removes all but the newest `keep_last`.
-    state: JSON values, what is needed beyond weights and optimizer state. Raises OSError if it cannot be written; no
-    older checkpoint is touched before the new one is complete on disk.
+    weights, moments: as `named_tensors` gives them; state: JSON values, what is needed beyond them. Raises OSError if
+    it cannot be written; no older checkpoint is touched before the new one is complete on disk.
     """
-    names = {weight: name for name, weight in model.named_parameters()}
     temporary = run_directory / f".saving-{directory_name(step)}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        weights = {name: weight.detach() for weight, name in names.items()}
-        moments = {
-            f"{names[weight]}/{key}": value
-            for weight, values in optimizer.state.items()
-            for key, value in values.items()
-        }
         contents = safetensors_parts(weights), safetensors_parts(moments), [json_bytes({"step": step, **state})]
         manifest = {name: write_hashed(temporary / name, parts) for name, parts in zip(FILES, contents, strict=True)}
         write_hashed(temporary / "manifest.json", [json_bytes(manifest)])
@@ -60,6 +57,75 @@ def save(run_directory: Path, step: int, model: torch.nn.Module, optimizer, stat
         for removed in run_directory.glob(".removing-*"):
             shutil.rmtree(removed)
     return target
+
+
+def named_tensors(model: torch.nn.Module, optimizer) -> tuple[dict, dict]:
+    """The weights by name, each once, and the optimizer's state as `<parameter name>/<state key>`."""
+    names = {weight: name for name, weight in model.named_parameters()}
+    weights = {name: weight.detach() for weight, name in names.items()}
+    moments = {f"{names[weight]}/{key}": value for weight, values in optimizer.state.items()
+               for key, value in values.items()}
+    return weights, moments
+
+
+class Saver:
+    """
+    The saves of one run, one at a time: on CUDA written by a thread from a copy in the host's memory, beside the
+    training. A save that fails is a warning; the third of a row, or the run's last, raises CannotWrite.
+    """
+
+    def __init__(self, run: RunDir, keep_last: int, beside: bool, say=print):
+        self.run, self.keep_last, self.say, self.n_failed = run, keep_last, say, 0
+        self.thread, self.in_hand, self.memory = ThreadPoolExecutor(1) if beside else None, None, ({}, {})
+
+    def save(self, step: int, model: torch.nn.Module, optimizer, state: dict, last: bool):
+        """Of `step` updates. last: returns when it is on the disk."""
+        self.wait()
+        self.step, self.last, tensors = step, last, named_tensors(model, optimizer)
+        try:
+            self.run.sync()  # a checkpoint must not be ahead of metrics.jsonl
+            if self.thread:
+                tensors = [to_host(part, memory) for part, memory in zip(tensors, self.memory, strict=True)]
+                machine.synchronize(next(model.parameters()).device)
+                self.in_hand = self.thread.submit(save, self.run.path, step, *tensors, state, self.keep_last)
+            else:
+                save(self.run.path, step, *tensors, state, self.keep_last)
+                self.n_failed = 0
+        except OSError as error:
+            self.failed(error)
+        if last:
+            self.wait()
+
+    def wait(self):
+        """For the save in hand."""
+        in_hand, self.in_hand = self.in_hand, None
+        try:
+            if in_hand:
+                in_hand.result()
+                self.n_failed = 0
+        except OSError as error:
+            self.failed(error)
+
+    def failed(self, error: OSError):
+        self.n_failed += 1
+        reason = f"{cannot_write(self.run.path, error)}; step {self.step} is not saved"
+        if self.last or self.n_failed == MOST_FAILED_SAVES:
+            raise CannotWrite(reason) from error
+        self.say(f"warning: {reason}, trying again at the next save", file=sys.stderr)
+
+    def close(self):
+        """Returns when the save in hand is done or has failed."""
+        if self.thread:
+            self.thread.shutdown()
+
+
+def to_host(tensors: dict, memory: dict) -> dict:
+    """Copies on the host, in the memory of the last time; they are there when the device is done."""
+    for name, tensor in tensors.items():
+        if name not in memory:
+            memory[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        memory[name].copy_(tensor, non_blocking=True)
+    return memory
 
 
 def safetensors_parts(tensors: dict[str, torch.Tensor]):

@@ -87,7 +87,7 @@ class RunDir:
     """The directory of a run; nothing is touched before `open`, and one process at a time holds it open."""
 
     def __init__(self, path: Path):
-        self.path, self.begun, self.step, self.mirror = path, False, 0, None
+        self.path, self.begun, self.step, self.mirror, self.saver = path, False, 0, None, None
 
     def open(self):
         """Raises RunDirInUse or CannotWrite. The lock belongs to the process: it is free however the process ends."""
@@ -160,8 +160,9 @@ class RunDir:
 
     def close(self, reason: str, code: int):
         """status.json: how it ended. Does nothing unless the run has begun: a refused one changes nothing."""
-        if self.mirror:
-            self.mirror.close()
+        for beside in filter(None, (self.mirror, self.saver)):
+            beside.close()
+        self.mirror = self.saver = None
         if self.begun:
             with writing(self.path):
                 write_json(self.path / "status.json", {"reason": reason, "step": self.step, "code": code})

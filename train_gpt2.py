@@ -45,8 +45,6 @@ from memory import largest_batch_size, memory_advice, training_mib
 from model import GPT, GPTConfig
 from optim import learning_rate, make_optimizer, update
 
-MOST_FAILED_SAVES = 3  # one after the other, then a run ends
-
 # torchrun sets these; without it there is one process
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -301,9 +299,9 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     time_s = run.open_metrics(start) if RANK == 0 else 0.0
     if config.wandb and RANK == 0:
         run.mirror = rundir.WandbMirror(project="gpt2-variants", name=run.path.name, dir=run.path, config=described)
+    run.saver = checkpoint.Saver(run, config.keep_last, machine.runs_behind(device), print0)
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=RANK != 0)
     clock, times, launched = time.perf_counter(), [], []  # times: s, of each step
-    n_failed_saves = 0  # one after the other
 
     def finish(step: int, lr: float, read_report) -> dict:
         """The row of a launched step, when the device is done with it; advances the clock. Raises NotFinite."""
@@ -355,24 +353,17 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
                 bar.update()
 
         # --- save ---
-        if (save_due or ending) and RANK == 0:
-            try:
-                run.sync()
-                if save_due:
-                    checkpoint.save(run.path, step, model, optimizer, described, config.keep_last)
-                n_failed_saves = 0
-            except OSError as error:
-                n_failed_saves += 1
-                reason = f"{rundir.cannot_write(run.path, error)}; step {step} is not saved"
-                if ending or n_failed_saves == MOST_FAILED_SAVES:
-                    raise rundir.CannotWrite(reason) from error
-                print0(f"warning: {reason}, trying again at the next save", file=sys.stderr)
+        if save_due and RANK == 0:
+            run.saver.save(step, model, optimizer, described, last=ending)
         if stopping:
             break
         if save_due or val_due:  # not training time
             machine.synchronize(device)
             clock = time.perf_counter()
     bar.close()
+    if RANK == 0:
+        with rundir.writing(run.path):
+            run.sync()
     step_s = statistics.median(times)
     print0(f"median of {len(times)} steps: {1000 * step_s:.1f} ms, {config.total_batch_tokens / step_s:,.0f} tokens/s")
     if step == config.max_steps:
