@@ -20,11 +20,13 @@ from safetensors.torch import load_file
 
 import machine
 from files import fsync, sha256, write_hashed
+from finite import first_not_finite
 from model import GPT, GPTConfig
-from rundir import BadOption, CannotWrite, NoValidCheckpoint, RunDir, cannot_write, writing
+from rundir import BadOption, CannotWrite, NotFinite, NoValidCheckpoint, RunDir, cannot_write, writing
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
+NOT_FINITE = "not-finite"  # directory within a run's, for the weights of a step that ended it
 MOST_FAILED_SAVES = 3  # one after the other, then a run ends
 
 
@@ -41,7 +43,7 @@ def save(run_directory: Path, step: int, weights: dict, moments: dict, state: di
     temporary = run_directory / f".saving-{directory_name(step)}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         contents = safetensors_parts(weights), safetensors_parts(moments), [json_bytes({"step": step, **state})]
         manifest = {name: write_hashed(temporary / name, parts) for name, parts in zip(FILES, contents, strict=True)}
         write_hashed(temporary / "manifest.json", [json_bytes(manifest)])
@@ -82,6 +84,8 @@ class Saver:
         """Of `step` updates. last: returns when it is on the disk."""
         self.wait()
         self.step, self.last, tensors = step, last, named_tensors(model, optimizer)
+        if name := first_not_finite(tensors[0] | tensors[1]):
+            raise NotFinite(f"step {step}: {name} is not finite after it, and is not saved")
         try:
             self.run.sync()  # a checkpoint must not be ahead of metrics.jsonl
             if self.thread:

@@ -21,12 +21,13 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.O
 def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, grad_clip: float):
     """
     Clips the gradient, updates the weights and drops the gradient. Returns (loss, norm of the gradient) as one float32
-    tensor on the device: where one of them is not finite the kernels of CUDA and CPU leave all as it was, and no host
-    waits.
+    tensor on the device, and no host waits: where one of them is not finite the kernels of CUDA and CPU leave all as it
+    was, in this update and in all that follow.
     """
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     report = torch.stack((loss.float(), grad_norm.float()))
-    optimizer.found_inf = 1 - report.isfinite().all().float()
+    not_finite = 1 - report.isfinite().all().float()
+    optimizer.found_inf = not_finite.maximum(getattr(optimizer, "found_inf", not_finite))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return report

@@ -21,6 +21,8 @@ import time
 import traceback
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data.shakespeare
+import finite
 import machine
 import rundir
 from attention import KERNEL_NAMES
@@ -99,6 +102,9 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
         config = replace(config, kernels=kernels)
         print0(f"kernels: {kernels}" + " (--kernels plain: every line of model.py as it stands)" * (kernels == "fused"))
 
+    changeable = ("data", *result_settings(config, gpt_config))
+    if unknown := set(config.allow_change) - set(changeable):
+        raise ValueError(f"allow_change: {', '.join(sorted(unknown))} is none of {', '.join(changeable)}")
     if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
         raise ValueError(f"{RANK=} and {WORLD_SIZE=} in the environment are not torchrun's: unset them")
     sequences, rest = divmod(config.total_batch_tokens // T, WORLD_SIZE)  # of each process
@@ -164,9 +170,11 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     begun = checkpoint.read_state(newest) if newest else rundir.read_json(run.path / "config.json")
     for name, value in settings.items():
         before = begun.get("settings", {}).get(name)
-        if before != value:
+        if before != value and name not in config.allow_change:
             raise rundir.BadOption(f"{run.path} was begun with {name}={before}, now it is {value}: choose another "
-                                   "--run_name, or the old value")
+                                   f"--run_name, the old value, or --allow_change {name}")
+        if before != value:
+            print0(f"changed: {name}={before}, from now on {value}")
     return begun["step"] if newest else config.max_steps
 
 
@@ -228,7 +236,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             return "finished" if start == config.max_steps else "stop_after", rundir.DONE
         return "", rundir.DONE
     described = {"settings": settings, "model_config": asdict(gpt_config), "train_config": asdict(config),
-                 "tokenizer": dataset.tokenizer, "versions": machine.versions(device)}
+                 "batch_size": batch_size, "processes": WORLD_SIZE, "tokenizer": dataset.tokenizer,
+                 "versions": machine.versions(device)}
     if RANK == 0:
         run.begin(described, start)
         checkpoint.tidy(run.path, start)
@@ -258,16 +267,19 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         return loss.detach() / accumulation
 
     # --- batches from update `start` on ---
-    def read_batches():
+    def windows(step: int, rank: int, micro_step: int):
+        order = train_order(len(train_windows), config.seed, step, config.total_batch_tokens // T)
+        return micro_batch(order, micro_step, batch_size, rank, WORLD_SIZE)
+
+    def read_batches(start: int):
         for step in range(start, sys.maxsize):
-            order = train_order(len(train_windows), config.seed, step, config.total_batch_tokens // T)
             for micro_step in range(accumulation):
-                batch = train_windows.read(micro_batch(order, micro_step, batch_size, RANK, WORLD_SIZE))
+                batch = train_windows.read(windows(step, RANK, micro_step))
                 if device.type == "cuda":
                     batch = (tensor.pin_memory() for tensor in batch)
                 yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
-    batches = read_batches()
+    batches = read_batches(start)
     inputs, targets = next(batches)
     text_bytes = torch.from_numpy(token_bytes()) if dataset.tokenizer == "gpt2" else None
     n_val = min(config.val_tokens // T, len(val_windows))
@@ -303,12 +315,22 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=RANK != 0)
     clock, times, launched = time.perf_counter(), [], []  # times: s, of each step
 
+    def not_finite(step: int, what: str) -> rundir.NotFinite:
+        """The error, with where it begins. No update since has changed the weights, which are kept for replay.py."""
+        batches, forward = islice(read_batches(step - 1), accumulation), partial(forward_backward, synchronize=False)
+        where = finite.explain(model, forward, batches, partial(windows, step - 1))
+        if RANK == 0:
+            with suppress(OSError):
+                tensors = checkpoint.named_tensors(model, optimizer)
+                checkpoint.save(run.path / checkpoint.NOT_FINITE, step - 1, *tensors, described, keep_last=1)
+        return rundir.NotFinite(f"step {step}: {what}; {where}; python replay.py --run {run.path.name}")
+
     def finish(step: int, lr: float, read_report) -> dict:
         """The row of a launched step, when the device is done with it; advances the clock. Raises NotFinite."""
         nonlocal clock, time_s
         (loss, grad_norm), now = read_report(), time.perf_counter()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise rundir.NotFinite(f"step {step}: loss {loss}, gradient norm {grad_norm}; its update was not made")
+            raise not_finite(step, f"loss {loss}, gradient norm {grad_norm}")
         step_s, clock = now - clock, now
         times.append(step_s)
         time_s += step_s

@@ -67,6 +67,8 @@ class TrainConfig:
     """checkpoints that stay, at least 2"""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest valid checkpoint of the run; never: refuse a run that has one"""
+    allow_change: tuple[str, ...] = ()
+    """settings that may differ from those that the run was begun with"""
     init_from: str | None = None
     """start from the weights of another run (name under out_dir, or path) with a new schedule"""
     verify_data: bool = False
