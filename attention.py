@@ -33,21 +33,23 @@ def sdpa_choice(T: int, head_dim: int, device: torch.device, dtype: torch.dtype,
     """
     The kernel of scaled_dot_product_attention on CUDA: in 16 bits cuDNN from Hopper on (on an H100 it takes 2/3 of
     FlashAttention-2's time) and FlashAttention-2 before, in float32 or with a mask the memory-efficient one (cuDNN's
-    backward with a mask gave NaN, pytorch#196678). None on other devices, which have one.
+    backward with a mask gave NaN, pytorch#196678). Under torch.use_deterministic_algorithms FlashAttention-2, or the
+    definition: only these add in the same order every time. None on other devices, which have one.
     """
     if device.type != "cuda" or torch.version.cuda is None:  # on AMD torch has its own
         return None
     (major, _), in_16_bits = torch.cuda.get_device_capability(device), dtype in (torch.bfloat16, torch.float16)
+    in_order, fused = torch.are_deterministic_algorithms_enabled(), in_16_bits and not masked
     if dtype == torch.float64:
         return SDPBackend.MATH
-    if in_16_bits and not masked and major >= 9 and head_dim <= 128 and head_dim % 8 == 0 and T > 1:
+    if fused and not in_order and major >= 9 and head_dim <= 128 and head_dim % 8 == 0 and T > 1:
         return SDPBackend.CUDNN_ATTENTION
-    if in_16_bits and not masked and major >= 8 and head_dim <= 256:  # torch pads other heads to a multiple of 8
+    if fused and major >= 8 and head_dim <= 256:  # torch pads other heads to a multiple of 8
         return SDPBackend.FLASH_ATTENTION
     if head_dim % (8 if in_16_bits else 4):
         raise ValueError(f"heads of {head_dim} have no such kernel in {str(dtype).removeprefix('torch.')} on CUDA: "
                          "n_embd / n_head must be a multiple of 8, in float32 of 4")
-    return SDPBackend.EFFICIENT_ATTENTION
+    return SDPBackend.MATH if in_order else SDPBackend.EFFICIENT_ATTENTION
 
 
 @contextmanager

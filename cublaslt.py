@@ -4,7 +4,8 @@ fastest is found by trial, and GELU or its gradient is computed before the resul
 
 cuBLAS takes the first proposal, the best by a model of its own. On an H100 the products of a d12 step take 12 % longer
 with those than with the best ones (docs/experiments.md); which they are depends on the shapes and on the GPU. So a
-product tries all of them, on its own operands, when its shapes first come: some 0.1 s. Two runs may choose differently.
+product tries all of them, on its own operands, when its shapes first come: some 0.1 s. Two runs may choose differently,
+unless torch.use_deterministic_algorithms is on: then it is the first proposal.
 
 The numbers are those of cublasLt.h, of CUDA 12 and 13. cuBLASLt counts in columns, and a matrix in rows is its
 transposed one in columns: what it is asked for is out^T = right^T left^T.
@@ -97,6 +98,8 @@ class Product:
     def __call__(self, left, right, out, aux):
         if aux is not None:
             self.set(AUX, c_void_p(aux.data_ptr()))
+        if self.fastest is None and torch.are_deterministic_algorithms_enabled():
+            self.fastest = self.proposals[0]
         if self.fastest is None:
             self.fastest = self.find_fastest(left, right, torch.zeros_like(out) if self.beta else out)
         self.run(self.fastest, left, right, out)

@@ -56,6 +56,19 @@ def matmul_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
     return getattr(torch, name)
 
 
+def make_deterministic():
+    """
+    From now on only kernels that add in the same order every time, chosen by rule and not by trial, or an error from
+    torch: for attention, cublaslt.py and what torch.compile generates. To be called before the device is used.
+    """
+    import torch._inductor.config
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # https://docs.nvidia.com/cuda/cublas, reproducibility
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch._inductor.config.deterministic = True
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 

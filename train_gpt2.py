@@ -409,6 +409,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.list:
             print_variants()
             return rundir.DONE
+        if config.deterministic:
+            machine.make_deterministic()
         config, batch_size, accumulation = plan(config, gpt_config, device)
     except ValueError as error:
         print0(f"error: {error}", file=sys.stderr)

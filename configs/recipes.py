@@ -87,6 +87,8 @@ class TrainConfig:
     """fused.py's, or as one reads them in model.py; None: fused on CUDA in bfloat16, else plain"""
     recompute_gelu: bool = False
     """with fused kernels: keep GELU's input alone for backward, up to a quarter less memory, a little slower"""
+    deterministic: bool = False
+    """on a GPU: the same bits in every run of the same seed on the same machine, slower (machine.make_deterministic)"""
     wandb: bool = False
     """mirror the metrics to Weights & Biases (pip install wandb); offline without a key"""
 

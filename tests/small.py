@@ -69,7 +69,9 @@ class Runs:
     def start(self, *launcher: str, **changes) -> subprocess.Popen:
         """The same in a process of its own, stdout as a pipe, stderr in the file `stderr`."""
         command = [sys.executable, *launcher, str(ROOT / "train_gpt2.py"), *self.options(**changes)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        if changes.get("device") != "cuda":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         with open(self.directory / "stderr", "w") as stderr:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment,
                                        cwd=self.directory)

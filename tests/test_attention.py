@@ -295,6 +295,9 @@ def test_kernel_of_full_attention(capability, head_dim, dtype, T, masked, expect
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert sdpa_choice(T, head_dim, torch.device("cuda"), dtype, masked).name == expected
     assert sdpa_choice(T, head_dim, torch.device("cpu"), dtype, masked) is None
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    in_order = {"CUDNN_ATTENTION": "FLASH_ATTENTION", "EFFICIENT_ATTENTION": "MATH"}.get(expected, expected)
+    assert sdpa_choice(T, head_dim, torch.device("cuda"), dtype, masked).name == in_order
 
 
 @pytest.mark.parametrize(("head_dim", "dtype", "masked"), [

@@ -148,6 +148,13 @@ def test_the_fastest_is_found_once(library):
     assert {*library.used} == {0, 1, 2}
 
 
+def test_no_trial_where_two_runs_must_not_differ(library, monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    left, right, _ = operands("NN")
+    matmul("NN", left, right, aligned(torch.zeros(5, 16)))
+    assert library.used == [0]
+
+
 def test_what_cublaslt_withdraws_is_not_tried(library):
     library.statuses = [0, 15, 0]
     left, right, _ = operands("NN")

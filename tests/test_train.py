@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from small import BATCH_TOKENS, VOCAB, T, assert_same_result, losses, metrics, status, steps, tree, wait_for
+from small import BATCH_TOKENS, VOCAB, T, assert_same_result, losses, make_data, metrics, status, steps, tree, wait_for
 
 import checkpoint
 import rundir
@@ -969,6 +970,27 @@ def test_gpu_run_and_resume(runs, capsys, fresh_compiler):
     resumed, whole = losses(runs.path), losses(runs.out_dir / "whole")
     assert resumed[:8] == pytest.approx(whole[:8], rel=1e-3)
     assert resumed == pytest.approx(whole, rel=1e-2)  # sums in any order, as on a GPU, drift apart
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["d12_qk_norm", "d12_post_norm_qk_norm_window256"])
+def test_gpu_deterministic(runs, model, tmp_path, monkeypatch):
+    """The same bits twice and after a resume, each run in a process of its own that compiles anew."""
+    shutil.rmtree(runs.data)
+    make_data(runs.data, n_train=99_000, n_val=9_000)
+    options = ON_GPU | {"model": model, "n_layer": 2, "sequence_length": 512, "total_batch_tokens": 8192,
+                        "deterministic": True, "val_tokens": 1024, "save_every": 4}
+
+    def run(name, **more):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / f"cache {name} {len(more)}"))
+        process = runs.start(run_name=name, **options, **more)
+        assert process.wait() == 0, (runs.directory / "stderr").read_text()[-2000:]
+        return runs.out_dir / name
+
+    first, second = run("first"), run("second")
+    assert_same_result(second, first)
+    run("resumed", stop_after=4)
+    assert_same_result(run("resumed"), first)
 
 
 @pytest.mark.gpu
