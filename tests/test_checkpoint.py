@@ -9,6 +9,7 @@ import resource
 import shutil
 import threading
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import small
@@ -30,13 +31,13 @@ TWELVE = {"max_steps": 12, "val_every": 5, "save_every": 5}  # neither divides 1
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run of 12 steps without a break: whole(batch_size) is its directory. Made once."""
+    """The run of 12 steps without a break: whole(batch_size=2) is its directory. Made once."""
     uninterrupted = small.Runs(tmp_path_factory.mktemp("whole"))
 
-    def run(batch_size=4):
-        path = uninterrupted.out_dir / f"batch{batch_size}"
+    def run(**options):
+        path = uninterrupted.out_dir / "-".join(["whole", *map(str, options.values())])
         if not path.exists():
-            assert uninterrupted(**TWELVE, batch_size=batch_size, run_name=path.name) == 0
+            assert uninterrupted(**TWELVE, **options, run_name=path.name) == 0
         return path
 
     return run
@@ -46,11 +47,14 @@ def whole(tmp_path_factory):
 # going on
 
 
+@pytest.mark.parametrize("optimizer", get_args(get_type_hints(TrainConfig)["optimizer"]))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch_size", [4, 2], ids=["accumulation 1", "accumulation 2"])
 @pytest.mark.parametrize("k", range(1, 12))
-def test_resumed_run_is_the_uninterrupted_run(runs, whole, k, batch_size, capsys):
+def test_resumed_run_is_the_uninterrupted_run(runs, whole, k, batch_size, dtype, optimizer, capsys):
     """To the last bit, from every step."""
-    options = TWELVE | {"batch_size": batch_size}
+    chosen = {"batch_size": batch_size, "dtype": dtype, "optimizer": optimizer}
+    options = TWELVE | chosen
     assert runs(**options, stop_after=k) == 0
     assert steps(runs.path)[-1] == len(metrics(runs.path)) == k
     assert status(runs.path) == {"reason": "stop_after", "step": k, "code": 0}
@@ -58,7 +62,7 @@ def test_resumed_run_is_the_uninterrupted_run(runs, whole, k, batch_size, capsys
     capsys.readouterr()
     assert runs(**options) == 0
     assert f"resuming from {runs.path / f'step-{k:08d}'}\n" in capsys.readouterr().out
-    assert_same_result(runs.path, whole(batch_size))
+    assert_same_result(runs.path, whole(**chosen))
     assert [row["step"] for row in metrics(runs.path) if "val_loss" in row] == [5, 10, 12]
     assert metrics(runs.path)[k]["time_s"] > time_s  # training time goes on, too
 
