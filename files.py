@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MOST_AT_ONCE = 2**30  # bytes in a write; Linux takes 2^31 - 4096
@@ -33,15 +34,15 @@ def write_text(path: Path, text: str) -> None:
 def write_hashed(path: Path, parts: Iterable) -> dict:
     """
     A new file of these bytes, or what has them, that is on the disk on return; {"bytes", "sha256"} of what was to be
-    written. Raises OSError.
+    written, hashed by a thread beside: either takes a second for some GB. Raises OSError.
     """
     digest, n_bytes = hashlib.sha256(), 0
-    with open(path, "xb", buffering=0) as file:
+    with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
         for part in parts:
-            left = memoryview(part).cast("B")
-            digest.update(left)
-            n_bytes += len(left)
-            write_all(file, left)
+            data = memoryview(part).cast("B")
+            beside.submit(digest.update, data)
+            write_all(file, data)
+            n_bytes += len(data)
         os.fsync(file.fileno())
     return {"bytes": n_bytes, "sha256": digest.hexdigest()}
 
