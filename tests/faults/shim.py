@@ -11,6 +11,7 @@ import os
 import signal
 from pathlib import Path
 
+truncate = os.truncate  # the system's own, not counted
 FUNCTIONS = ("chmod", "fsync", "ftruncate", "mkdir", "remove", "rename", "replace", "rmdir", "truncate", "unlink")
 
 
@@ -99,5 +100,14 @@ def fail_at(at: int, number: int, times: int = 1):
     def fault(n, name, put):
         if at <= n < at + times:
             raise OSError(number, os.strerror(number))
+
+    return fault
+
+
+def truncate_at(at: int, path: Path, n_bytes: int):
+    """Another process cuts this file off before operation `at`."""
+    def fault(n, name, put):
+        if n == at:
+            truncate(path, n_bytes)
 
     return fault
