@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import machine
@@ -199,11 +199,15 @@ def find_fault(checkpoint: Path) -> str | None:
                 return f"{name} has {size} bytes instead of {manifest[name]['bytes']}"
             if sha256(checkpoint / name) != manifest[name]["sha256"]:
                 return f"{name} does not have the sha256 of the manifest"
+            if name.endswith(".safetensors"):
+                safe_open(checkpoint / name, framework="pt")  # a manifest may fit a file of another kind
         if directory_name(read_state(checkpoint)["step"]) != checkpoint.name:
             return "state.json is of another step"
     except OSError as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError) as error:
+    except SafetensorError as error:
+        return f"{name} is not in the format of safetensors ({error})"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return f"manifest.json or state.json is damaged ({type(error).__name__}: {error})"
     return None
 
@@ -265,7 +269,7 @@ def load_model(checkpoint: Path, device="cpu") -> GPT:
     """The model of a checkpoint directory, which alone is enough: state.json holds its config."""
     try:
         config = GPTConfig(**read_state(checkpoint)["model_config"])
-    except TypeError as error:
+    except (KeyError, TypeError) as error:
         raise NoValidCheckpoint(f"{checkpoint / 'state.json'} was written by another version ({error})") from error
     model = GPT(config).to(device)
     load_weights(checkpoint, model)

@@ -180,7 +180,7 @@ def parse_object(text: str) -> dict:
     """A JSON object; {} if it is none."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
