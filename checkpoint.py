@@ -196,7 +196,7 @@ def find_fault(checkpoint: Path) -> str | None:
         for name in FILES:
             size = (checkpoint / name).stat().st_size
             if size != manifest[name]["bytes"]:
-                return f"{name} has {size} bytes instead of {manifest[name]['bytes']}"
+                return f"{name} has {size} bytes instead of {manifest[name]['bytes']!r}"
             if sha256(checkpoint / name) != manifest[name]["sha256"]:
                 return f"{name} does not have the sha256 of the manifest"
             if name.endswith(".safetensors"):
@@ -269,7 +269,7 @@ def load_model(checkpoint: Path, device="cpu") -> GPT:
     """The model of a checkpoint directory, which alone is enough: state.json holds its config."""
     try:
         config = GPTConfig(**read_state(checkpoint)["model_config"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise NoValidCheckpoint(f"{checkpoint / 'state.json'} was written by another version ({error})") from error
     model = GPT(config).to(device)
     load_weights(checkpoint, model)

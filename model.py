@@ -52,9 +52,9 @@ class GPTConfig:
     """layers in turn, S with window and L with full attention, repeated over the depth; needs window_size"""
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "vocab_size"):
-            if not 1 <= getattr(self, name) <= 2**24:
-                raise ValueError(f"{name}={getattr(self, name)} must lie between 1 and 2^24")
+        for name, exponent in {"n_layer": 10, "n_head": 24, "n_embd": 24, "vocab_size": 24}.items():  # a layer costs ms
+            if not 1 <= getattr(self, name) <= 2**exponent:
+                raise ValueError(f"{name}={getattr(self, name)} must lie between 1 and 2^{exponent}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.head_dim % 2:

@@ -123,7 +123,7 @@ class RunDir:
         with writing(path):
             lines = path.read_text(errors="replace").splitlines()[:step] if path.exists() else []
             rows = [parse_object(line) for line in lines]
-            n_good = next((n for n, row in enumerate(rows) if row.get("step") != n + 1), len(rows))
+            n_good = next((n for n, row in enumerate(rows) if not is_row(row, n + 1)), len(rows))
             missing = [json.dumps({"step": n}) for n in range(n_good + 1, step + 1)]
             write_text(path, "".join(line + "\n" for line in lines[:n_good] + missing))
             self.metrics, self.step = open(path, "r+b", buffering=0), step
@@ -183,6 +183,12 @@ def parse_object(text: str) -> dict:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def is_row(row: dict, step: int) -> bool:
+    """Whether this is the line of this update, with a time that later ones can be added to, or with none."""
+    time_s = row.get("time_s", 0.0)
+    return row.get("step") == step and isinstance(time_s, float) and 0 <= time_s < math.inf
 
 
 def progress(row: dict) -> str:

@@ -110,7 +110,7 @@ def sample(config: SampleConfig):
     """Prints the texts as they come. Raises BadOption, NoValidCheckpoint or DataError."""
     device = machine.select_device(config.device)
     newest = checkpoint.find(config.run, config.out_dir)
-    if checkpoint.read_state(newest)["tokenizer"] != "gpt2":
+    if checkpoint.read_state(newest).get("tokenizer") != "gpt2":
         raise BadOption(f"{newest} was not trained on GPT-2 tokens: its output cannot be turned into text")
     model = checkpoint.load_model(newest, device).to(machine.matmul_dtype(device, config.dtype))
     tokenizer = gpt2()

@@ -134,8 +134,9 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
 def print0(*words, file=None):
     """Prints on the first process, above a progress bar if there is one."""
     if RANK == 0:
+        text = " ".join(str(word) for word in words).encode(errors="backslashreplace").decode()  # paths are bytes
         try:
-            tqdm.write(" ".join(str(word) for word in words), file=file)
+            tqdm.write(text, file=file)
             (file or sys.stdout).flush()
         except OSError:  # a closed pipe must not end a run, here or where tqdm flushes stdout
             sys.stdout = open(os.devnull, "w")
@@ -164,17 +165,21 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     """
     newest = checkpoint.newest_valid(run.path, print0)
     if newest is None and rundir.read_json(run.path / "status.json").get("reason") != "finished":
+        if (run.path / "metrics.jsonl").exists():
+            print0(f"{run.path} was begun before and has no checkpoint: starting again at step 0")
         return 0
     if config.resume == "never":
         raise rundir.BadOption(f"{run.path} has a run in it and --resume is never: choose another --run_name")
     begun = checkpoint.read_state(newest) if newest else rundir.read_json(run.path / "config.json")
+    if not isinstance(begun.get("settings"), dict):
+        raise rundir.BadOption(f"{run.path} does not say with which settings it was begun: choose another --run_name")
     for name, value in settings.items():
-        before = begun.get("settings", {}).get(name)
+        before = begun["settings"].get(name)
         if before != value and name not in config.allow_change:
-            raise rundir.BadOption(f"{run.path} was begun with {name}={before}, now it is {value}: choose another "
+            raise rundir.BadOption(f"{run.path} was begun with {name}={before!r}, now it is {value!r}: choose another "
                                    f"--run_name, the old value, or --allow_change {name}")
         if before != value:
-            print0(f"changed: {name}={before}, from now on {value}")
+            print0(f"changed: {name}={before!r}, from now on {value!r}")
     return begun["step"] if newest else config.max_steps
 
 

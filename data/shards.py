@@ -31,7 +31,8 @@ SCAN_TOKENS = 1 << 22  # tokens read at once when a whole shard is checked
 SPLITS = ("train", "val")
 MANIFEST_FORMAT = 1
 MANIFEST_FIELDS = {"tokenizer": str | None, "vocab_size": int, "source": str | None, "licence": str | None}
-VERIFIED_FIELDS = {"size", "mtime_ns", "bytes", "sha256", "max_token"}
+VERIFIED_FIELDS = {"size": int, "mtime_ns": int, "bytes": int | None, "sha256": str, "max_token": int}
+SHARD_NAME = r"(?!\.).*(train|val).*_.*\.bin"
 SHARD_FIELDS = {"split": str, "file": str, "tokens": int, "bytes": int | None, "sha256": str, "max_token": int}
 
 
@@ -160,14 +161,14 @@ def open_dataset(directory: Path | str, vocab_size: int | None = None, verify: b
             where = "in the manifest but not in the directory" if (split, name) in listed else "not in the manifest"
             raise DataError(f"{directory / name}: {split} shard {where}; delete {path} to have it built again")
         shards = [Shard(directory / name) for _, name in listed]
-        contents = manifest["shards"] if is_new else check_contents(directory, shards, verify)
+        contents = manifest["shards"] if is_new else check_contents(directory, shards, verify, manifest["shards"])
 
     limits = (manifest["vocab_size"], f"tokenizer {manifest['tokenizer']}"), (vocab_size, "the model")
     for shard, entry, content in zip(shards, manifest["shards"], contents, strict=True):
         if content["sha256"] != entry["sha256"] or shard.n_tokens != entry["tokens"]:
             raise DataError(
                 f"{shard.path}: {shard.n_tokens} tokens with sha256 {content['sha256']}, but {path} says "
-                f"{entry['tokens']} with {entry['sha256']}; restore the shard, or delete the manifest to accept it"
+                f"{entry['tokens']} with {entry['sha256']!r}; restore the shard, or delete the manifest to accept it"
             )
         for limit, whose in limits:
             if limit is not None and content["max_token"] >= limit:
@@ -181,7 +182,7 @@ def open_dataset(directory: Path | str, vocab_size: int | None = None, verify: b
 
 def shard_files(directory: Path) -> list[tuple[str, str]]:
     """(split, file name) of every shard in `directory`: train before val, each sorted by name."""
-    matches = (re.fullmatch(r"(?!\.).*(train|val).*_.*\.bin", path.name) for path in directory.iterdir())
+    matches = (re.fullmatch(SHARD_NAME, path.name) for path in directory.iterdir())
     return sorted((match[1], match[0]) for match in matches if match)
 
 
@@ -223,6 +224,11 @@ def read_manifest(path: Path) -> dict:
             for key, kind in fields.items():
                 if not isinstance(entry[key], kind):
                     raise ValueError(f"{key} is {entry[key]!r}, expected {getattr(kind, '__name__', kind)}")
+        if manifest["tokenizer"] not in ("gpt2", None):
+            raise ValueError(f"tokenizer is {manifest['tokenizer']!r}, expected 'gpt2' or null")
+        for entry in manifest["shards"]:
+            if entry["split"] not in SPLITS or not re.fullmatch(SHARD_NAME, entry["file"]):
+                raise ValueError(f"{entry['split']!r} shard {entry['file']!r}: neither a split nor a file name of one")
         if len({entry["file"] for entry in manifest["shards"]}) != len(manifest["shards"]):
             raise ValueError("a shard is listed twice")
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -232,22 +238,29 @@ def read_manifest(path: Path) -> dict:
 
 
 def check_contents(
-    directory: Path, shards: list[Shard], verify: bool = False, bytes_of_token: np.ndarray | None = None
+    directory: Path, shards: list[Shard], verify: bool = False, listed: list[dict] | None = None,
+    bytes_of_token: np.ndarray | None = None,
 ) -> list[dict]:
     """{sha256, max_token, bytes} of each shard; bytes of text is None unless it was counted with `bytes_of_token`.
 
-    A shard is read only when verified.json does not know its size and mtime_ns, or with `verify`.
+    A shard is read only when verified.json does not know its size and mtime_ns, or knows another content than its
+    manifest has `listed`, for one of the two may be damaged; or with `verify`.
     """
     path = directory / "verified.json"
     try:
-        known = {name: entry for name, entry in json.loads(path.read_bytes()).items() if set(entry) == VERIFIED_FIELDS}
-    except (OSError, ValueError, TypeError, AttributeError):
+        known = {
+            name: entry
+            for name, entry in json.loads(path.read_bytes()).items()
+            if set(entry) == set(VERIFIED_FIELDS) and all(isinstance(entry[key], VERIFIED_FIELDS[key]) for key in entry)
+        }
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         known = {}  # only a memory: without it every shard is read once more
     stale = []
-    for shard in shards:
+    for i, shard in enumerate(shards):
         entry = known.get(shard.path.name)
         changed = entry is None or (entry["size"], entry["mtime_ns"]) != (shard.size, shard.mtime_ns)
-        if verify or changed or (entry["bytes"] is None and bytes_of_token is not None):
+        other = not changed and listed and any(entry[key] != listed[i][key] for key in ("sha256", "max_token"))
+        if verify or changed or other or (entry["bytes"] is None and bytes_of_token is not None):
             stale.append(shard)
     n_bytes = sum(shard.size for shard in stale)
     with tqdm(total=n_bytes, desc=f"checking {directory}", unit="B", unit_scale=True, delay=1, leave=False) as bar:

@@ -233,6 +233,17 @@ def test_no_valid_checkpoint_is_exit_4_and_changes_nothing(stopped, place, kind)
         assert content(place.path) == before
 
 
+def test_without_its_checkpoints_a_run_says_that_it_starts_again(stopped, whole, place):
+    place.again(stopped)
+    for step in 4, 6:
+        shutil.rmtree(place.checkpoint(step))
+    assert place() == 0
+    assert f"{place.path} was begun before and has no checkpoint: starting again at step 0\n" in place.said()
+    assert_same_result(place.path, whole.path)
+    shutil.rmtree(place.out_dir)
+    assert place() == 0 and "starting again" not in place.said()
+
+
 def test_who_believes_the_files_goes_on_wrongly(stopped, whole, place):
     """The control: without the check, a run ends with an error or other bits. (An older directory is just older.)"""
     failed = tried = 0

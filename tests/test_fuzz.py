@@ -1,0 +1,416 @@
+"""Options and files of any content: taken, or refused with one line and a documented exit code; never a traceback."""
+
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import hypothesis
+import pytest
+import small
+from hypothesis import strategies as st
+
+import bench
+import checkpoint
+import rundir
+import sample
+import test_memory
+import train_gpt2
+from data.shards import open_dataset
+from model import GPTConfig
+
+SEED, SCALE = os.environ.get("FAULTS_SEED"), int(os.environ.get("FAULTS_SCALE", 1))
+SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 8, "save_every": 2, "val_tokens": 32}
+
+
+def fuzz(n: int, **strategies):
+    """With n examples times FAULTS_SCALE: always the same ones, or others with FAULTS_SEED."""
+    def decorate(test):
+        settings = hypothesis.settings(max_examples=n * SCALE, deadline=None, derandomize=SEED is None, database=None,
+                                       suppress_health_check=list(hypothesis.HealthCheck))
+        test = settings(hypothesis.given(**strategies)(test))
+        return test if SEED is None else hypothesis.seed(int(SEED))(test)
+    return decorate
+
+
+class Accepted(BaseException):
+    """What the options ask for would begin now."""
+
+
+def accepted(*arguments, **options):
+    raise Accepted
+
+
+def call(main, arguments: list[str]) -> tuple[int | str, str]:
+    """(exit code or "accepted", stderr), on a terminal that takes UTF-8 and nothing else."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = small.call(main, arguments)
+        except Accepted:
+            code = "accepted"
+    err.seek(0)
+    return code, err.read()
+
+
+def messages(err: str) -> list[str]:
+    """tyro's frame counts as one; progress bars do not."""
+    err = re.sub(r"╭─.*?╰─[^\n]*", "frame", err, flags=re.DOTALL)
+    return [line for line in re.split(r"[\r\n]", err) if line.strip() and not re.search(r"step/s|\?step|s/step", line)]
+
+
+def check(code, err, codes):
+    assert "Traceback" not in err and code in codes, (code, err[-3000:])
+    assert len(messages(err)) <= 1, err
+    if code not in (0, "accepted"):
+        assert re.fullmatch(r"error: .+|frame", messages(err)[0]), err
+
+
+# -----------------------------------------------------------------------------
+# options
+
+WORDS = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=20)
+BYTES = st.binary(min_size=1, max_size=8).filter(lambda name: min(name) >= 32)  # names of files are bytes
+NUMBERS = st.sampled_from([
+    "0", "1", "-1", "2", "3", "7", "64", "1e3", "0.5", "1.5", "nan", "inf", "-inf", "1e999", "1_0", "0x10", "\u0663",
+    "16777216", "16777217", "1099511627776", "1099511627777", str(2**63), str(10**30), "1" + "0" * 5000, "-0", "+1"])
+ODD = st.sampled_from([
+    "", " ", "-", "--", "---", "=", "None", "True", "none", "auto", "on", "cuda", "cpu", "mps", "[/red]", "[bold", "{}",
+    "%s", "a" * 300, "/", "a/b", ".", "..", "~", "$HOME", "*", "--help", "-h", "\\"])
+VALUES = st.one_of(NUMBERS, ODD, WORDS, BYTES.map(os.fsdecode))
+NAMES = {
+    "train": [*train_gpt2.TrainConfig.__dataclass_fields__, *GPTConfig.__dataclass_fields__, "dry_run",
+              "no_dry_run", "no_pre_norm", "no_wandb", "list"],
+    "sample": list(sample.SampleConfig.__dataclass_fields__),
+    "bench": [*bench.BenchConfig.__dataclass_fields__, *GPTConfig.__dataclass_fields__],
+    "memory": list(test_memory.MemoryConfig.__dataclass_fields__),
+}
+VALID = {
+    "train": ["--model", "tiny", "--device", "cpu", "--max_steps", "8", "--sequence_length", "32", "--window_size", "8",
+              "--total_batch_tokens", "128", "--learning_rate", "0.01", "--warmup_steps", "2", "--val_tokens", "64"],
+    "sample": ["--run", "run", "--device", "cpu", "--prompt", "!", "--n_samples", "2", "--temperature", "0.5",
+               "--top_p", "0.9", "--max_new_tokens", "3"],
+    "bench": ["--model", "tiny", "--device", "cpu", "--batch_size", "2", "--compare", "--model=tiny --n_head 4",
+              "--steps", "2", "--dtype", "float32"],
+    "memory": ["--model", "tiny", "--device", "cpu", "--sequence_lengths", "64", "128", "--window_sizes", "8", "16",
+               "--tokens", "128", "--head_dim", "16"],
+}
+MAINS = {"train": train_gpt2.main, "sample": sample.main, "bench": bench.main, "memory": test_memory.main}
+
+
+@st.composite
+def command_lines(draw):
+    """A command, and a valid line of it after some changes."""
+    command = draw(st.sampled_from(list(MAINS)))
+    line = list(VALID[command])
+    for _ in range(draw(st.integers(1, 3))):
+        i = draw(st.integers(0, len(line)))
+        option = draw(st.sampled_from(NAMES[command]).map(lambda name: f"--{name}"))
+        kind = draw(st.integers(0, 6))
+        if kind <= 2:
+            line += [option, draw(VALUES)]
+        elif kind == 3:
+            line[i:i + 1] = [draw(VALUES)]
+        elif kind == 4:
+            line[i:i + 1] = []
+        elif kind == 5:
+            line.insert(i, draw(st.one_of(VALUES, st.just(option))))
+        else:
+            line[i:] = [f"{option}={draw(VALUES)}", *line[i:]]
+    return command, line
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Runs in the working directory: one with two checkpoints and two steps to do, and a finished one without any."""
+    runs = small.Runs.__new__(small.Runs)
+    runs.directory = tmp_path_factory.mktemp("fuzz")
+    runs.data, runs.out_dir = runs.directory / "data" / "mine", runs.directory / "runs"
+    small.make_data(runs.data, tokenizer="gpt2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(runs.directory)
+        patch.setattr(rundir, "git", lambda *arguments: b"")
+        assert runs(**SMALL, run_name="uninterrupted") == 0
+        assert runs(**SMALL, stop_after=6) == 0
+        assert runs(**SMALL | {"save_every": 0}, run_name="finished") == 0
+        shutil.copytree(runs.directory, runs.directory.with_name("as_it_was"))
+        yield runs
+
+
+def reset(place):
+    for path in place.directory.iterdir():
+        shutil.rmtree(path)
+    shutil.copytree(place.directory.with_name("as_it_was"), place.directory, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def nothing_begins(monkeypatch):
+    for module, name in ((train_gpt2, "train"), (bench, "measure"), (bench, "build"), (test_memory, "measure_all"),
+                         (checkpoint, "load_model")):
+        monkeypatch.setattr(module, name, accepted)
+    monkeypatch.setattr("verify.run", accepted)
+
+
+def test_valid_command_lines(place, nothing_begins):
+    assert [call(MAINS[command], line) for command, line in VALID.items()] == [("accepted", "")] * 4
+
+
+@fuzz(500, command_line=command_lines())
+def test_options(place, nothing_begins, command_line):
+    command, line = command_line
+    before = small.tree(place.directory)
+    code, err = call(MAINS[command], line)
+    check(code, err, ("accepted", 0, 2, 4) if command == "sample" else ("accepted", 0, 2, 5))
+    assert small.tree(place.directory) == before
+
+
+PATHS = st.one_of(WORDS, ODD, BYTES.map(os.fsdecode)).filter(lambda path: ".." not in path)
+
+
+@hypothesis.example(option="out_dir", path="\udc80", inside=True)
+@fuzz(80, option=st.sampled_from(["data", "out_dir", "run_name", "init_from"]), path=PATHS, inside=st.booleans())
+def test_paths(place, monkeypatch, option, path, inside):
+    """As far as the run's directory; a refused one leaves nothing behind."""
+    monkeypatch.setattr(rundir.RunDir, "begin", accepted)
+    if option == "out_dir" or inside:
+        path = f"{place.directory}/{path}"
+    before = set(place.directory.rglob("*"))
+    code, err = call(train_gpt2.main, place.options(**SMALL | {option: path, "stop_after": 6, "seed": 1}))
+    check(code, err, ("accepted", 0, 2, 5, 7))
+    if code != "accepted":
+        assert set(place.directory.rglob("*")) == before
+    else:
+        reset(place)
+
+
+# -----------------------------------------------------------------------------
+# files
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.text(),
+    st.sampled_from([-1, 0, 1, 3, 10**30, 10**4000, 0.5, -1e308, math.nan, math.inf]),
+    st.sampled_from(["", "a\nb", "\ud800", "\x1b[2J", "\0", "gpt3", "a" * 64, "..", "finished"]))
+ANY = st.recursive(SCALARS, lambda value: st.lists(value, max_size=3) | st.dictionaries(st.text(), value, max_size=3))
+RAW = [b"", b"null", b"[]", b"{}", b"\xff\xfe", b"\0" * 100, b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000,
+       b'"\\ud800"', b"\xef\xbb\xbf{}", b"NaN", b"\x80\x04."]
+
+
+def places(value, path=()):
+    """Every path into a JSON value."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+@st.composite
+def changed(draw, valid):
+    """A JSON value after one to three changes."""
+    root = [copy.deepcopy(valid)]
+    for _ in range(draw(st.integers(1, 3))):
+        *path, key = draw(st.sampled_from(list(places(root))[1:]))
+        parent, kind = root, draw(st.integers(0, 3))
+        for step in path:
+            parent = parent[step]
+        if kind <= 1 or not path:
+            parent[key] = draw(ANY)
+        elif kind == 2:
+            del parent[key]
+        elif isinstance(parent, dict):
+            parent[draw(st.text())] = parent.pop(key)
+        else:
+            parent.append(parent[key])
+    return root[0]
+
+
+def contents(draw, valid: bytes) -> bytes:
+    """What may be found in a file that had this JSON value."""
+    kind = draw(st.integers(0, 5))
+    if kind <= 2:
+        return json.dumps(draw(changed(json.loads(valid)))).encode()
+    if kind == 3:
+        return draw(st.one_of(st.sampled_from(RAW), st.binary(max_size=200)))
+    start, end = sorted(draw(st.tuples(*[st.integers(0, len(valid))] * 2)))
+    return valid[:start] + draw(st.sampled_from([b"", b"\0", b"}", b",", b'"', b"\xff", b"1", b"\n"])) + valid[end:]
+
+
+def one_line(text: str):
+    """And a terminal takes it."""
+    assert len(text.splitlines()) == 1, text
+    text.encode()
+
+
+def entries(directory) -> dict:
+    """What the manifest of a checkpoint has to say."""
+    contents = {name: (directory / name).read_bytes() for name in checkpoint.FILES}
+    return {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            for name, content in contents.items()}
+
+
+def pristine(place, path: Path) -> bytes:
+    return (place.directory.with_name("as_it_was") / path.relative_to(place.directory)).read_bytes()
+
+
+NAIVE = {  # (a file, what one does with it who believes it)
+    "manifest.json": lambda value: [value[name]["bytes"] + len(value[name]["sha256"]) for name in checkpoint.FILES],
+    "state.json": lambda value: (value["step"] + 1, GPTConfig(**value["model_config"]), value["settings"].items()),
+    "status.json": lambda value: (value["step"] + 1, value["reason"].upper()),
+    "metrics.jsonl": lambda value: value["time_s"] + value["step"],
+    "data": lambda value: [(shard["file"].upper(), shard["tokens"] + 1) for shard in value["shards"]],
+}
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_who_believes_these_files_fails(place, name):
+    """The control."""
+    folder = {"manifest.json": place.path / "step-00000006", "state.json": place.path / "step-00000006"}
+    path = place.data / "manifest.json" if name == "data" else folder.get(name, place.path) / name
+    valid = path.read_bytes().splitlines()[0] if name == "metrics.jsonl" else path.read_bytes()
+    NAIVE[name](json.loads(valid))
+    failed = []
+
+    @fuzz(100, data=st.data())
+    def read(data):
+        try:
+            NAIVE[name](json.loads(contents(data.draw, valid)))
+            failed.append(False)
+        except Exception:
+            failed.append(True)
+
+    read()
+    print(f"naive: {sum(failed)} of {len(failed)} fail")
+    assert sum(failed) > len(failed) / 2
+
+
+@fuzz(300, data=st.data())
+def test_manifest_of_a_checkpoint(place, data):
+    """Taken only where it says of each file what is true."""
+    path, said = place.path / "step-00000006" / "manifest.json", []
+    path.write_bytes(contents(data.draw, pristine(place, path)))
+    found = checkpoint.newest_valid(place.path, said.append)
+    if found == path.parent:
+        manifest = json.loads(path.read_text())
+        assert {name: manifest[name] for name in checkpoint.FILES} | entries(found) == manifest and not said
+    else:
+        assert found.name == "step-00000004" and len(said) == 1
+        one_line(said[0])
+    path.write_bytes(pristine(place, path))
+
+
+@fuzz(40, data=st.data())
+def test_state_of_a_checkpoint(place, data):
+    """With a manifest that fits, as if another version had written it."""
+    path = place.path / "step-00000006" / "state.json"
+    path.write_bytes(contents(data.draw, pristine(place, path)))
+    (path.parent / "manifest.json").write_text(json.dumps(entries(path.parent)))
+    options = ["--run", "run", "--device", "cpu", "--prompt", "!", "--max_new_tokens", "1"]
+    check(*call(sample.main, options), (0, 2, 4))
+    check(*call(train_gpt2.main, place.options(**SMALL)), (0, 2))
+    reset(place)
+
+
+@fuzz(40, data=st.data(), which=st.sampled_from(["config.json", "status.json", "both"]))
+def test_config_and_status(place, data, which):
+    """Of a run without checkpoints: finished, refused, or made again as it was; never with other settings."""
+    path = place.out_dir / "finished"
+    before = small.losses(path)
+    for name in ["config.json", "status.json"] if which == "both" else [which]:
+        (path / name).write_bytes(contents(data.draw, pristine(place, path / name)))
+    options = SMALL | {"save_every": 0, "run_name": "finished"}
+    check(*call(train_gpt2.main, place.options(**options)), (0, 2))
+    assert small.losses(path) == before
+    check(*call(train_gpt2.main, place.options(**options | {"learning_rate": 0.5, "stop_after": 1})), (0, 2))
+    reset(place)
+
+
+@fuzz(40, data=st.data())
+def test_metrics(place, data):
+    """Line n stays the n-th update, and the run ends with the same bits."""
+    path = place.path / "metrics.jsonl"
+    lines = pristine(place, path).splitlines(keepends=True)
+    i = data.draw(st.integers(0, len(lines) - 1))
+    lines[i] = contents(data.draw, lines[i]) + data.draw(st.sampled_from([b"", b"\n"]))
+    path.write_bytes(b"".join(lines))
+    check(*call(train_gpt2.main, place.options(**SMALL)), (0,))
+    expected = place.out_dir / "uninterrupted"
+    assert [row["step"] for row in small.metrics(place.path)] == list(range(1, 9))
+    assert [row["loss"] for row in small.metrics(place.path)[6:]] == small.losses(expected)[6:]
+    assert all(row["time_s"] > 0 for row in small.metrics(place.path)[6:])
+    reset(place)
+
+
+@fuzz(300, data=st.data())
+def test_manifest_of_data(place, data):
+    """Taken only with the same shards."""
+    path, before = place.data / "manifest.json", open_dataset(place.data).fingerprint
+    path.write_bytes(contents(data.draw, pristine(place, path)))
+    try:
+        dataset = open_dataset(place.data)
+        assert dataset.fingerprint == before and dataset.tokenizer in ("gpt2", None)
+    except rundir.DataError as error:
+        one_line(str(error))
+    finally:
+        path.write_bytes(pristine(place, path))
+
+
+@fuzz(200, data=st.data())
+def test_memory_of_verified_shards(place, data):
+    """Never a reason to refuse shards that are as they were."""
+    path = place.data / "verified.json"
+    path.write_bytes(contents(data.draw, pristine(place, path)))
+    open_dataset(place.data, small.VOCAB)
+
+
+CHECKPOINT, DATA = "runs/run/step-00000006/", "data/mine/"
+
+
+@pytest.mark.parametrize(("name", "keys", "value", "command", "expected"), [
+    (CHECKPOINT + "manifest.json", [], b"[" * 100_000, "train", 0),
+    (CHECKPOINT + "manifest.json", ["state.json", "bytes"], "a\n\ud800", "train", 0),
+    (CHECKPOINT + "state.json", ["settings"], [], "train", 2),
+    (CHECKPOINT + "state.json", ["settings", "schedule"], "a\nb", "train", 2),
+    (CHECKPOINT + "state.json", ["tokenizer"], None, "sample", 2),
+    (CHECKPOINT + "state.json", ["model_config"], None, "sample", 4),
+    (CHECKPOINT + "state.json", ["model_config", "n_layer"], -1, "sample", 4),
+    ("runs/finished/config.json", ["settings"], [], "finished", 2),
+    ("runs/finished/status.json", [], b"[" * 100_000, "finished", 0),
+    *(("runs/run/metrics.jsonl", ["time_s"], value, "train", 0) for value in (None, "1", [], math.nan, 1e999, 10**400)),
+    (DATA + "verified.json", [], b"[" * 100_000, "train", 0),
+    (DATA + "verified.json", ["train_000000.bin", "sha256"], "0" * 64, "train", 0),
+    (DATA + "verified.json", ["train_000000.bin", "max_token"], 10**6, "train", 0),
+    (DATA + "verified.json", ["train_000000.bin", "max_token"], "1", "train", 0),
+    (DATA + "manifest.json", ["shards", 0, "file"], "train_a\nb.bin", "train", 7),
+    (DATA + "manifest.json", ["shards", 0, "split"], "a\nb", "train", 7),
+    (DATA + "manifest.json", ["shards", 0, "sha256"], "a\nb", "train", 7),
+    (DATA + "manifest.json", ["tokenizer"], "gpt3", "train", 7),
+])
+def test_found_by_fuzzing(place, name, keys, value, command, expected):
+    path = place.directory / name
+    if isinstance(value, bytes):
+        path.write_bytes(value)
+    else:
+        first, *others = path.read_text().splitlines() if "jsonl" in name else [path.read_text()]
+        inner = content = json.loads(first)
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        path.write_text("\n".join([json.dumps(content), *others]) + "\n")
+    if "state.json" in name:
+        (path.parent / "manifest.json").write_text(json.dumps(entries(path.parent)))
+    options = SMALL | ({"save_every": 0, "run_name": "finished"} if command == "finished" else {})
+    if command == "sample":
+        check(*call(sample.main, ["--run", "run", "--prompt", "!", "--max_new_tokens", "1"]), (expected,))
+    else:
+        check(*call(train_gpt2.main, place.options(**options)), (expected,))
+    reset(place)
+
+
+def test_as_many_layers_as_take_a_second(place):
+    for n_layer in 1025, 2**24:
+        code, err = call(train_gpt2.main, place.options(n_layer=n_layer, dry_run=True))
+        assert code == 2 and f"n_layer={n_layer} must lie between 1 and 2^10" in small.words(err)
