@@ -77,6 +77,10 @@ def check_writable(path: Path):
     """Raises CannotWrite unless `path`, or the directory in which it would be made, can be written to."""
     with writing(path):
         existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        longest = max((len(os.fsencode(name)) for name in path.parts), default=0)
+        most = os.pathconf(existing, "PC_NAME_MAX")  # else the directories above it would be made first
+    if longest > most:
+        raise CannotWrite(f"cannot write to {path}: a name of {longest} bytes, {most} are possible")
     if not existing.is_dir():
         raise CannotWrite(f"{existing} is not a directory: choose another --out_dir")
     if not os.access(existing, os.W_OK):

@@ -161,6 +161,7 @@ def test_valid_command_lines(place, nothing_begins):
     assert [call(MAINS[command], line) for command, line in VALID.items()] == [("accepted", "")] * 4
 
 
+@hypothesis.example(command_line=("bench", [*VALID["bench"], "--out_dir", "."]))
 @fuzz(500, command_line=command_lines())
 def test_options(place, nothing_begins, command_line):
     command, line = command_line
@@ -371,11 +372,11 @@ CHECKPOINT, DATA = "runs/run/step-00000006/", "data/mine/"
 
 @pytest.mark.parametrize(("name", "keys", "value", "command", "expected"), [
     (CHECKPOINT + "manifest.json", [], b"[" * 100_000, "train", 0),
-    (CHECKPOINT + "manifest.json", ["state.json", "bytes"], "a\n\ud800", "train", 0),
+    (CHECKPOINT + "manifest.json", ["state.json", "bytes"], "\ud800\nTraceback", "train", 0),
     (CHECKPOINT + "state.json", ["settings"], [], "train", 2),
     (CHECKPOINT + "state.json", ["settings", "schedule"], "a\nb", "train", 2),
-    (CHECKPOINT + "state.json", ["tokenizer"], None, "sample", 2),
-    (CHECKPOINT + "state.json", ["model_config"], None, "sample", 4),
+    (CHECKPOINT + "state.json", ["tokenizer"], ..., "sample", 2),
+    (CHECKPOINT + "state.json", ["model_config"], ..., "sample", 4),
     (CHECKPOINT + "state.json", ["model_config", "n_layer"], -1, "sample", 4),
     ("runs/finished/config.json", ["settings"], [], "finished", 2),
     ("runs/finished/status.json", [], b"[" * 100_000, "finished", 0),
@@ -399,6 +400,8 @@ def test_found_by_fuzzing(place, name, keys, value, command, expected):
         for key in keys[:-1]:
             inner = inner[key]
         inner[keys[-1]] = value
+        if value is ...:
+            del inner[keys[-1]]
         path.write_text("\n".join([json.dumps(content), *others]) + "\n")
     if "state.json" in name:
         (path.parent / "manifest.json").write_text(json.dumps(entries(path.parent)))
@@ -408,6 +411,25 @@ def test_found_by_fuzzing(place, name, keys, value, command, expected):
     else:
         check(*call(train_gpt2.main, place.options(**options)), (expected,))
     reset(place)
+
+
+def test_a_damaged_memory_does_not_reach_a_new_manifest(place):
+    path = place.data / "verified.json"
+    known = json.loads(path.read_text())
+    known["train_000000.bin"]["bytes"] = "7"
+    path.write_text(json.dumps(known))
+    (place.data / "manifest.json").unlink()
+    assert open_dataset(place.data).manifest["totals"]["train"]["bytes"] > 1200
+    reset(place)
+
+
+@pytest.mark.parametrize("changes", [{"run_name": "a" * 256}, {"out_dir": "new/" + "a" * 256}, {"out_dir": "é" * 128}])
+def test_a_name_that_is_too_long_leaves_nothing_behind(place, changes):
+    """Nor the directories above it."""
+    before = small.tree(place.directory)
+    code, err = call(train_gpt2.main, place.options(**SMALL | {"out_dir": "new"} | changes))
+    assert code == 5 and re.search("256 bytes|File name too long", err) and len(messages(err)) == 1
+    assert small.tree(place.directory) == before
 
 
 def test_as_many_layers_as_take_a_second(place):
