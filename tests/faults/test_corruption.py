@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -83,10 +84,17 @@ def content(directory) -> dict[str, bytes]:
 
 
 def change(kind, file, other, generator):
-    """Until it is one: a page may have been zeros before."""
-    before = file.read_bytes()
-    while file.exists() and file.read_bytes() == before:
+    """Until it is one: a page may have been zeros before, and a line break less at the end of JSON means nothing."""
+    before = meaning(file)
+    while file.exists() and meaning(file) == before:
         CHANGES[kind](file, other, generator)
+
+
+def meaning(file):
+    """The JSON value of a manifest; else, and if it is none, the bytes."""
+    with suppress(ValueError):
+        return json.loads(file.read_bytes()) if file.name == "manifest.json" else file.read_bytes()
+    return file.read_bytes()
 
 
 # -----------------------------------------------------------------------------
