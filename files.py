@@ -40,10 +40,11 @@ def write_hashed(path: Path, parts: Iterable) -> dict:
     with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
         for part in parts:
             data = memoryview(part).cast("B")
-            beside.submit(digest.update, data)
+            hashed = beside.submit(digest.update, data)
             write_all(file, data)
             n_bytes += len(data)
         os.fsync(file.fileno())
+        hashed.result()
     return {"bytes": n_bytes, "sha256": digest.hexdigest()}
 
 

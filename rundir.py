@@ -28,6 +28,7 @@ NO_VALID_CHECKPOINT = 4  # there are some, but none is valid
 CANNOT_WRITE = 5
 NOT_FINITE = 6  # loss or gradient
 BAD_DATA = 7  # missing, empty or invalid
+LOST = 8  # another process of the run is gone, or hangs
 STOPPED = 75  # by a signal, resumable
 INTERRUPTED = 130  # second Ctrl-C
 
@@ -129,7 +130,9 @@ class RunDir:
             rows = [parse_object(line) for line in lines]
             n_good = next((n for n, row in enumerate(rows) if not is_row(row, n + 1)), len(rows))
             missing = [json.dumps({"step": n}) for n in range(n_good + 1, step + 1)]
-            write_text(path, "".join(line + "\n" for line in lines[:n_good] + missing))
+            lines = lines[:n_good] + missing
+            write_text(path, "".join(line + "\n" for line in lines))
+            self.last_row = json.loads(lines[-1]) if lines else {}
             self.metrics, self.step = open(path, "r+b", buffering=0), step
             self.unwritten, self.written = b"", path.stat().st_size
         if missing:
@@ -150,6 +153,11 @@ class RunDir:
         if self.mirror:
             self.mirror.log(finite)
 
+    def amend(self, found: dict):
+        """Adds to the last line that `open_metrics` left."""
+        self.written -= len(json.dumps(self.last_row)) + 1
+        self.log(self.last_row | found)
+
     def write_lines(self):
         """At the place where they belong, so that what a full disk cut off is written over. Raises OSError."""
         self.metrics.seek(self.written)
@@ -163,10 +171,14 @@ class RunDir:
         os.fsync(self.metrics.fileno())
 
     def close(self, reason: str, code: int):
-        """status.json: how it ended. Does nothing unless the run has begun: a refused one changes nothing."""
+        """The end, but for what `note_end` does."""
         for beside in filter(None, (self.mirror, self.saver)):
             beside.close()
         self.mirror = self.saver = None
+        self.note_end(reason, code)
+
+    def note_end(self, reason: str, code: int):
+        """status.json: how it ended. Does nothing unless the run has begun: a refused one changes nothing."""
         if self.begun:
             with writing(self.path):
                 write_json(self.path / "status.json", {"reason": reason, "step": self.step, "code": code})

@@ -9,7 +9,7 @@ recipe beats the default.
 
 Exit codes: 0 done, 2 bad option or config, or data changed since the run began, or a slow path refused (attention.py),
 3 run directory in use, 4 checkpoints present but none valid, 5 cannot write, 6 loss or gradient not finite, 7 missing,
-empty or invalid data, 75 stopped by a signal and resumable, 130 second Ctrl-C.
+empty or invalid data, 8 another process is gone or hangs, 75 stopped by a signal and resumable, 130 second Ctrl-C.
 """
 
 import math
@@ -35,6 +35,7 @@ import checkpoint
 import data.shakespeare
 import finite
 import machine
+import processes
 import rundir
 from attention import KERNEL_NAMES
 from compiling import SlowPath, compiles
@@ -183,23 +184,28 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     return begun["step"] if newest else config.max_steps
 
 
-def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes) -> tuple[float, float | None]:
+def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes, hosts, interrupted) -> dict:
     """
-    Mean loss in nats per token over the first n_windows windows, and bits per byte of their text. text_bytes: bytes of
-    text of each token id, int64 (V,), or None if the tokenizer is not known; then bits per byte is None. Without
-    torch.no_grad, since the graph compiled for training serves as it is; one for no_grad would be compiled for 20 s.
+    {"val_loss": mean nats per token over the first n_windows windows, "bits_per_byte": of their text}, or {} as soon as
+    `interrupted` says so, in all processes. text_bytes: bytes of text of each token id, int64 (V,), or None if the
+    tokenizer is not known; then bits per byte is None. Without torch.no_grad, since the graph compiled for training
+    serves as it is; one for no_grad would be compiled for 20 s.
     """
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    for inputs, targets in val_batches(windows, n_windows, batch_size, RANK, WORLD_SIZE):
-        with autocast:  # .item() at once: a loss that is kept keeps its activations
-            loss = model(inputs.to(device), targets.to(device))[1].item()
-        targets = targets[targets >= 0]
-        n_bytes = 0 if text_bytes is None else text_bytes[targets].sum()
-        sums += torch.tensor([loss * len(targets), len(targets), n_bytes])
+    batches = val_batches(windows, n_windows, batch_size, RANK, WORLD_SIZE)
+    for _ in range(0, n_windows, batch_size * WORLD_SIZE):
+        if interrupted():
+            return {}
+        for inputs, targets in islice(batches, 1):  # none, where another process has the last one
+            with autocast:  # .item() at once: a loss that is kept keeps its activations
+                loss = model(inputs.to(device), targets.to(device))[1].item()
+            targets = targets[targets >= 0]
+            n_bytes = 0 if text_bytes is None else text_bytes[targets].sum()
+            sums += torch.tensor([loss * len(targets), len(targets), n_bytes])
     if WORLD_SIZE > 1:
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=hosts)
     nats, tokens, n_bytes = sums.tolist()
-    return nats / tokens, nats / math.log(2) / n_bytes if n_bytes else None
+    return {"val_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None}
 
 
 # -----------------------------------------------------------------------------
@@ -207,7 +213,7 @@ def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes
 
 
 def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batch_size: int, accumulation: int,
-          run: rundir.RunDir) -> tuple[str, int]:
+          run: rundir.RunDir, others: processes.Others) -> tuple[str, int]:
     """The whole run. Returns why it ended and the exit code; the reason is "" if there was nothing to do."""
     T = config.sequence_length
     stop = rundir.StopSignal(distributed=WORLD_SIZE > 1)
@@ -228,7 +234,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             start[0] = find_start(config, settings, run)
     finally:
         if WORLD_SIZE > 1:
-            dist.broadcast(start, 0)
+            dist.broadcast(start, 0, group=others.hosts)
     start = int(start)
     if start < 0:
         raise rundir.BadOption("the first process cannot start")
@@ -295,8 +301,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     # --- one rehearsal, thrown away: it compiles, and shows which attention kernels really run ---
     kernels = set(model.choose_kernels(T, device, dtype)) & KERNEL_NAMES.keys()
 
-    def rehearse():
-        forward_backward(inputs, targets, synchronize=False)
+    def rehearse():  # DDP puts its buckets in order after the first sum, and sums over more than two depend on that
+        forward_backward(inputs, targets, synchronize=True)
         model.zero_grad(set_to_none=True)
 
     if device.type == "cuda":
@@ -310,10 +316,33 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         raise SlowPath(f"attention ran in {found}, not in {meant}")
     machine.reset_peak(device)
 
+    # --- evaluation: every so often, or now, if a signal cut short the one of the step that was saved ---
+    def interrupted() -> bool:
+        return others.anywhere(stop.received is not None)
+
+    def evaluation_due(step: int) -> bool:
+        return config.val_every and (step % config.val_every == 0 or step == config.max_steps)
+
+    def evaluation(step: int) -> dict:
+        """As `evaluate`. The last one of a run is not interrupted, since no step would follow to make up for it."""
+        found = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes, others.hosts,
+                         interrupted if step < last_step else lambda: False)
+        if found:
+            print0(f"step {step}: val loss {found['val_loss']:.4f}, "
+                   f"bits per byte {found['bits_per_byte'] or math.nan:.4f}")
+        return found
+
+    time_s = run.open_metrics(start) if RANK == 0 else 0.0
+    if start and evaluation_due(start) and others.anywhere(RANK == 0 and "val_loss" not in run.last_row):
+        found = evaluation(start)
+        if not found:
+            return stop.received or "SIGTERM", rundir.STOPPED
+        if RANK == 0:
+            run.amend(found)
+
     # --- the loop ---
     peak_flops = machine.peak_flops(machine.device_name(device)) if dtype == torch.bfloat16 else None
     flops_per_update = model.flops_per_token(T) * config.total_batch_tokens
-    time_s = run.open_metrics(start) if RANK == 0 else 0.0
     if config.wandb and RANK == 0:
         run.mirror = rundir.WandbMirror(project="gpt2-variants", name=run.path.name, dir=run.path, config=described)
     run.saver = checkpoint.Saver(run, config.keep_last, machine.runs_behind(device), print0)
@@ -358,22 +387,20 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         for group in optimizer.param_groups:
             group["lr"] = lr
         launched.append((step, lr, machine.read_later(update(model, optimizer, loss, config.grad_clip))))
-        stopping = torch.tensor(int(stop.received is not None))
-        if WORLD_SIZE > 1:
-            dist.all_reduce(stopping)  # on the hosts
-        stopping = stopping.item() > 0
+        stopping = interrupted()
 
         # --- log what is done: all, or on a GPU all but this step; with an evaluation if it is due ---
         ending = stopping or step == last_step
-        val_due = config.val_every and (step % config.val_every == 0 or step == config.max_steps)
+        val_due = evaluation_due(step)
         save_due = config.save_every and (step % config.save_every == 0 or ending)
         wait = val_due or save_due or ending or not machine.runs_behind(device)
         while len(launched) > (0 if wait else 1):
             row = finish(*launched.pop(0))
             if val_due and row["step"] == step:
-                val_loss, bits_per_byte = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes)
-                row |= {"val_loss": val_loss, "bits_per_byte": bits_per_byte}
-                print0(f"step {step}: val loss {val_loss:.4f}, bits per byte {bits_per_byte or math.nan:.4f}")
+                row |= evaluation(step)
+                if "val_loss" not in row:
+                    stopping = ending = True
+                    save_due = config.save_every
             if RANK == 0:
                 run.log(row)
                 bar.set_postfix_str(rundir.progress(row), refresh=False)
@@ -382,6 +409,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         # --- save ---
         if save_due and RANK == 0:
             run.saver.save(step, model, optimizer, described, last=ending)
+        if save_due and not ending:  # all wait for the save, and a signal meanwhile needs no other step
+            stopping = interrupted() and not others.anywhere(bool(run.saver.in_hand or run.saver.n_failed))
         if stopping:
             break
         if save_due or val_due:  # not training time
@@ -408,6 +437,7 @@ def print_variants():
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
+    processes.end_with_torchrun()
     try:
         options, device = parse_options(arguments)
         config, gpt_config = options.train, options.gpt
@@ -425,17 +455,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         return rundir.DONE
 
-    if WORLD_SIZE > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    others = processes.Others(RANK, WORLD_SIZE, device.type == "cuda", config.hang_timeout_s, run.note_end)
     try:
-        reason, code = train(config, gpt_config, device, batch_size, accumulation, run)
+        reason, code = train(config, gpt_config, device, batch_size, accumulation, run, others)
     except torch.OutOfMemoryError as error:
         advice = memory_advice(config, gpt_config, batch_size, accumulation * WORLD_SIZE)
         reason, code = f"out of memory: {advice} ({str(error).splitlines()[0]})", 1
     except Exception as error:
+        error = others.explain(error)
         reason, code = str(error), getattr(error, "exit_code", 1)
         if code == 1:
-            traceback.print_exc()
+            traceback.print_exception(error)
+    good = code in (rundir.DONE, rundir.STOPPED)
+    others.end(reason, code, failed=not good)
     with suppress(rundir.CannotWrite):  # then that is the error already, or the last checkpoint says as much
         if reason:
             run.close(reason, code)
@@ -446,9 +478,8 @@ def main(arguments: list[str] | None = None) -> int:
     elif RANK == 0 and checkpoint.list_checkpoints(run.path):
         name = shlex.quote(run.path.name if config.out_dir == "runs" else str(run.path))
         print0(f"sample from it: python sample.py --run {name}")
-    if WORLD_SIZE > 1 and code in (rundir.DONE, rundir.STOPPED):
-        dist.barrier()  # else torchrun ends the process that saves when the first of the others is gone
-        dist.destroy_process_group()
+    if good:
+        others.meet()
     return code
 
 

@@ -89,6 +89,8 @@ class TrainConfig:
     """with fused kernels: keep GELU's input alone for backward, up to a quarter less memory, a little slower"""
     deterministic: bool = False
     """on a GPU: the same bits in every run of the same seed on the same machine, slower (machine.make_deterministic)"""
+    hang_timeout_s: float = 600.0
+    """of several processes, one that hangs is named and the run ended within this time; no save may take as long"""
     wandb: bool = False
     """mirror the metrics to Weights & Biases (pip install wandb); offline without a key"""
 
@@ -103,7 +105,7 @@ class TrainConfig:
                 raise ValueError(f"{name}={value} must lie between {least} and 2^40")
         limits = {
             "learning_rate": (0, 10), "final_lr_fraction": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),
-            "weight_decay": (0, 10), "grad_clip": (0, 1e9),
+            "weight_decay": (0, 10), "grad_clip": (0, 1e9), "hang_timeout_s": (1, 1e6),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)

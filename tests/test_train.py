@@ -492,11 +492,11 @@ def test_a_signal_stops_after_a_step_and_the_same_line_continues(runs, capsys, n
     with pytest.MonkeyPatch.context() as monkeypatch:
         signal_at(monkeypatch, 2, number)
         assert runs(**options) == 75
-    name = signal.Signals(number).name
-    assert status(runs.path) == {"reason": name, "step": 3, "code": 75}
-    assert steps(runs.path)[-1] == len(metrics(runs.path)) == 3
-    assert checkpoint.find_fault(runs.path / "step-00000003") is None
-    assert f"{name}: stopped after step 3; the same line continues" in capsys.readouterr().out
+    name, step = signal.Signals(number).name, 2 if save_every == 2 else 3  # 2 is about to be saved anyway
+    assert status(runs.path) == {"reason": name, "step": step, "code": 75}
+    assert steps(runs.path)[-1] == len(metrics(runs.path)) == step
+    assert checkpoint.find_fault(checkpoint.list_checkpoints(runs.path)[0]) is None
+    assert f"{name}: stopped after step {step}; the same line continues" in capsys.readouterr().out
     assert runs(**options) == 0
     assert status(runs.path) == {"reason": "finished", "step": 9, "code": 0}
     assert_same_result(runs.path, runs.out_dir / "whole")
@@ -855,6 +855,8 @@ def test_wandb_that_never_answers(runs, wandb, monkeypatch, capsys, stuck):
     join, asked = threading.Thread.join, []
 
     def join_at_once(self, timeout=None):
+        if not self.daemon:  # not wandb's
+            return join(self, timeout)
         asked.append(timeout)
         join(self, timeout=0.01)
 
