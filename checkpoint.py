@@ -84,6 +84,7 @@ class Saver:
         """Of `step` updates. last: returns when it is on the disk."""
         self.wait()
         self.step, self.last, tensors = step, last, named_tensors(model, optimizer)
+        self.n_bytes = sum(tensor.nbytes for part in tensors for tensor in part.values())
         if name := first_not_finite(tensors[0] | tensors[1]):
             raise NotFinite(f"step {step}: {name} is not finite after it, and is not saved")
         try:
@@ -112,7 +113,7 @@ class Saver:
 
     def failed(self, error: OSError):
         self.n_failed += 1
-        reason = f"{cannot_write(self.run.path, error)}; step {self.step} is not saved"
+        reason = f"{cannot_write(self.run.path, error)}; step {self.step} is not saved, {self.n_bytes:,} bytes"
         if self.last or self.n_failed == MOST_FAILED_SAVES:
             raise CannotWrite(reason) from error
         self.say(f"warning: {reason}, trying again at the next save", file=sys.stderr)

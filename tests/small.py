@@ -43,9 +43,9 @@ def make_data(directory, n_train=1200, n_val=300, seed=0, tokenizer=None, vocab_
 class Runs:
     """`runs(seed=1)` runs train_gpt2.py in this process and returns its exit code; `runs.path` is the run's place."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, data: Path | None = None):
         torch.set_num_threads(1)
-        self.directory, self.data, self.out_dir = directory, directory / "data", directory / "runs"
+        self.directory, self.data, self.out_dir = directory, data or directory / "data", directory / "runs"
         if not self.data.exists():
             make_data(self.data)
 

@@ -384,7 +384,7 @@ def test_disk_full_at_a_checkpoint(runs, whole, capsys, function, failure, messa
     for step in failing:
         kind, rest = ("error", "") if ends and step == 12 else ("warning", ", trying again at the next save")
         assert re.search(rf"{kind}: cannot write to {re.escape(str(runs.path))}: {message} \([\d,]+ bytes free\); "
-                         rf"step {step} is not saved{rest}\n", err), err
+                         rf"step {step} is not saved, [\d,]+ bytes{rest}\n", err), err
     assert "Traceback" not in err
     good = [step for step in (5, 10, 12) if step not in failing][-2:]
     assert saved == [5, 10, 12] and steps(runs.path) == good

@@ -12,17 +12,14 @@ from checkpoint import directory_name, json_bytes, list_checkpoints, safetensors
 from data.shards import HEADER_BYTES, Shard
 
 
-def save(run_directory, step, model, optimizer, state, keep_last):
+def save(run_directory, step, weights, moments, state, keep_last):
     """As checkpoint.save, but what is there goes before the new one is complete."""
     for old in list_checkpoints(run_directory):
         shutil.rmtree(old)
     target = run_directory / directory_name(step)
     target.mkdir()
-    names = {weight: name for name, weight in model.named_parameters()}
-    moments = {f"{names[weight]}/{key}": value for weight, values in optimizer.state.items()
-               for key, value in values.items()}
     for name, parts in (("state.json", [json_bytes({"step": step, **state})]),
-                        ("model.safetensors", safetensors_parts({name: w.detach() for w, name in names.items()})),
+                        ("model.safetensors", safetensors_parts(weights)),
                         ("optim.safetensors", safetensors_parts(moments))):
         with open(target / name, "wb", buffering=0) as file:
             for part in parts:

@@ -8,6 +8,7 @@ through Python's `open` and `os`, as test_kill.py checks with strace.
 import builtins
 import io
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -16,7 +17,10 @@ FUNCTIONS = ("chmod", "fsync", "ftruncate", "mkdir", "remove", "rename", "replac
 
 
 class Shim:
-    """Put into a process that is thrown away. `fault` is called before each operation, with itself as (name, path)."""
+    """
+    Put into a process that is thrown away. `fault` is called before each operation with its number, its name and, for a
+    write, a function that writes a part of it.
+    """
 
     def __init__(self, log: Path, fault):
         self.log, self.fault, self.n = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), fault, 0
@@ -25,16 +29,18 @@ class Shim:
             setattr(os, name, self.numbered(name, getattr(os, name)))
         builtins.open = io.open = self.open_watched
 
-    def before(self, name: str, path, data=b""):
+    def before(self, name: str, path, put=None):
         """Counts one operation, notes it in the log, at fsync with the bytes of the file, and lets the fault happen."""
         self.n += 1
         n_bytes = os.path.getsize(path) if name == "fsync" else 0
         self.write(self.log, f"{self.n} {name} {n_bytes} {path}\n".encode())
-        self.fault(self.n, name, data)
+        self.fault(self.n, name, put)
 
     def numbered(self, name, function):
         def call(target, *arguments, **options):
-            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target
+            path = file_name(target) if isinstance(target, int) else target
+            if options.get("dir_fd") is not None:
+                path = os.path.join(file_name(options["dir_fd"]), path)
             self.before(name, path)
             return function(target, *arguments, **options)
 
@@ -45,6 +51,10 @@ class Shim:
             return self.open(file, mode, *arguments, **options)
         self.before("open", file)
         return Watched(self, self.open(file, mode, *arguments, **options))
+
+
+def file_name(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 class Watched:
@@ -100,6 +110,30 @@ def fail_at(at: int, number: int, times: int = 1):
     def fault(n, name, put):
         if at <= n < at + times:
             raise OSError(number, os.strerror(number))
+
+    return fault
+
+
+def file_size_limit(n_bytes: int):
+    """No file can grow beyond this."""
+    def fault(n, name, put):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+
+    return fault
+
+
+def watch(path: Path, leak: bool = False):
+    """Notes at each rename, in this file, the MiB that the process has in memory and the files that it has open."""
+    leaked = []
+
+    def fault(n, name, put):
+        if name == "rename":
+            if leak:
+                leaked.append((bytes(2**18) * 2, os.dup(2)))
+            mib = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            line = f"{mib} {len(os.listdir('/proc/self/fd'))}\n"
+            with io.FileIO(path, "a") as file:
+                file.write(line.encode())
 
     return fault
 

@@ -3,7 +3,11 @@
 import errno
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import small
@@ -11,6 +15,7 @@ from small import assert_same_result, steps
 
 import checkpoint
 from tests.faults import trial
+from tests.faults.table import record
 
 OPTIONS = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 6, "val_every": 3, "save_every": 2}
 SEED = int(os.environ.get("FAULTS_SEED", random.SystemRandom().randrange(10**6)))  # printed where a test fails
@@ -21,8 +26,7 @@ class Place:
 
     def __init__(self, directory, data):
         directory.mkdir(exist_ok=True)
-        self.runs = small.Runs.__new__(small.Runs)
-        self.runs.directory, self.runs.data, self.runs.out_dir = directory, data, directory / "runs"
+        self.runs = small.Runs(directory, data)
         self.path, self.out = self.runs.path, directory / "out"
 
     def run(self, fault="none", arguments=(), control=False) -> int:
@@ -79,15 +83,71 @@ def kill_everywhere(place, whole, prepare):
     """`prepare` makes the state in which a run begins; the run is killed at each of its operations, and finished."""
     prepare()
     place.finish(whole)
-    operations = place.operations()
+    operations, begun = place.operations(), time.time()
     for at in targets(operations):
         prepare()
         assert place.run("kill_at", at) == -9, (at, operations[at[0] - 1])
         place.finish(whole)
+    n = len(targets(operations))
+    record("kill -9 at every file operation", n, n, 0, 0, 0, time.time() - begun)
 
 
 def test_at_every_operation(whole, place):
     kill_everywhere(place, whole, lambda: shutil.rmtree(place.runs.out_dir, ignore_errors=True))
+
+
+def short(operation: str, path: str) -> tuple[str, str]:
+    """Without where the run is, and what tempfile draws."""
+    name = {"replace": "rename", "unlinkat": "unlink", "remove": "unlink", "openat": "open"}.get(operation, operation)
+    return name, re.sub(r"(json|jsonl)\..{8}\.tmp$", r"\1.tmp", os.path.basename(path))
+
+
+def without_repeats(operations: list) -> list:
+    return [one for i, one in enumerate(operations) if i == 0 or one != operations[i - 1]]
+
+
+def test_strace_sees_the_same_operations(whole, place):
+    """All by which the real command changes files in its directory are those that the shim counts, in their order."""
+    if not shutil.which("strace"):
+        record("strace against the shim (no strace here)", 0, 0, 0, 0, 0, 0)
+        pytest.skip("there is no strace")
+    place.finish(whole)
+    counted = [short(name, path) for _, name, _, path in place.operations() if f"{place.path}/" in path]
+    shutil.rmtree(place.runs.out_dir)
+    calls = "openat,write,pwrite64,fsync,fdatasync,rename,renameat2,unlink,unlinkat,rmdir,mkdir,ftruncate,truncate"
+    log = place.runs.directory / "strace"
+    command = [sys.executable, str(small.ROOT / "train_gpt2.py"), *place.runs.options(**OPTIONS)]
+    subprocess.run(["strace", "-f", "-y", "-s", "0", "-e", f"trace={calls}", "-o", log, *command], check=True,
+                   capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    seen = []
+    for line in log.read_text().splitlines():
+        call = re.match(r'\d+ +(\w+)\((?:\d+<([^>]*)>|AT_FDCWD<[^>]*>)?(?:, )?(?:"([^"]*)")?(.*)', line)
+        if call is None or (call[1] == "openat" and not re.search("O_WRONLY|O_RDWR", call[4])):
+            continue
+        path = os.path.join(call[2] or "", call[3] or "").rstrip("/")
+        if f"{place.path}/" in path:
+            seen.append(short("rmdir" if "AT_REMOVEDIR" in line else call[1], path))
+    opened_by_tempfile = {("open", name) for _, name in seen if name.endswith(".tmp")}
+    seen = without_repeats([one for one in seen if one not in opened_by_tempfile])
+    other = ("write", ".metrics.jsonl.tmp")  # of nothing, which is no call
+    counted = without_repeats([one for one in counted if one[0] != "chmod" and one != other])
+    assert seen == counted
+    record("strace against the shim: operations", len(seen), len(seen), 0, 0, 0, 0)
+
+
+def test_the_order_in_which_a_save_is_made_safe(whole, place):
+    """Each file and then its directory are synced before the rename, what holds the directory after it."""
+    place.finish(whole)
+    operations = [(name, path.removeprefix(str(place.path)).strip("/")) for _, name, _, path in place.operations()]
+    for step in 2, 4, 6:
+        saving = f".saving-step-{step:08d}"
+        renamed = operations.index(("rename", saving))
+        synced = [path for name, path in operations[:renamed] if name == "fsync"]
+        for file in *checkpoint.FILES, "manifest.json":
+            assert f"{saving}/{file}" in synced
+            last_write = max(i for i, one in enumerate(operations) if one == ("write", f"{saving}/{file}"))
+            assert operations.index(("fsync", f"{saving}/{file}")) > last_write
+        assert synced[-1] == saving and operations[renamed + 1] == ("fsync", "")
 
 
 def test_at_every_operation_before_the_first_step_on_new_data(whole, place):
@@ -210,14 +270,37 @@ def test_error_at_every_operation(whole, place, number):
     assert codes.count(0) > codes.count(5) > 5
 
 
-@pytest.mark.parametrize("i", range(60))
-def test_at_random_instants(whole, place, i):
-    """Several times in a run, and once it is not killed."""
-    generator = random.Random(f"{SEED} {i}")
+def test_at_random_instants(whole, tmp_path):
+    """Several times in a run, until it is not killed."""
     print(f"FAULTS_SEED={SEED}")
-    for _ in range(generator.randint(1, 4)):
-        process = place.start()
-        process.join(generator.uniform(0, 0.4))
+    generator, n_killed, begun = random.Random(SEED), 0, time.time()
+    for i in range(60 * trial.SCALE):
+        place = Place(tmp_path / f"{i}", whole.runs.data)
+        for _ in range(generator.randint(2, 5)):
+            process = place.start()
+            process.join(generator.uniform(0, 0.35))
+            process.kill()
+            process.join()
+            n_killed += process.exitcode == -9
+        place.finish(whole)
+        shutil.rmtree(place.runs.directory)
+    assert n_killed >= 150 * trial.SCALE, n_killed
+    record("kill -9 at random instants", n_killed, n_killed, 0, 0, 0, time.time() - begun)
+
+
+def test_the_real_command_at_random_instants(whole, place):
+    """`python train_gpt2.py` in a process of its own, from its first operation on."""
+    print(f"FAULTS_SEED={SEED}")
+    generator, begun = random.Random(SEED), time.time()
+    for _ in range(3 * trial.SCALE):
+        process, n_lines = place.runs.start(**OPTIONS), generator.randint(1, 8)
+        for _ in range(n_lines):  # what it prints is its clock: start-up takes seconds, the steps take less
+            process.stdout.readline()
+        while process.poll() is None and not place.path.exists():
+            process.stdout.readline()
         process.kill()
-        process.join()
+        process.wait()
+        if place.path.exists() and (place.path / "status.json").exists():
+            shutil.rmtree(place.path)
     place.finish(whole)
+    record("kill -9 of the real command", 3 * trial.SCALE, 3 * trial.SCALE, 0, 0, 0, time.time() - begun)

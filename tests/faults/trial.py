@@ -19,7 +19,8 @@ tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, w
 import train_gpt2  # noqa: E402
 from tests.faults import naive, shim  # noqa: E402
 
-SECONDS = 60  # a trial that hangs is a failed one
+SCALE = int(os.environ.get("FAULTS_SCALE", 1))  # how many times as many random faults
+SECONDS = 60 * SCALE  # a trial that hangs is a failed one
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload([__name__])
