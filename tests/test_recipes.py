@@ -122,6 +122,7 @@ def test_the_design_of_the_cpu_recipe():
 DO_NOT_CHANGE_THE_RESULT = {
     "model", "out_dir", "run_name", "batch_size", "stop_after", "val_every", "val_tokens", "save_every", "keep_last",
     "resume", "verify_data", "device", "compile", "window_backend", "kernels", "recompute_gelu", "wandb",
+    "hang_timeout_s",
 }  # the model is in the name already
 
 
@@ -207,7 +208,7 @@ LEAST = {  # of whole numbers; the most is 2^53
 }
 RANGES = {  # of the others
     "learning_rate": (0, 10), "final_lr_fraction": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),
-    "weight_decay": (0, 10), "grad_clip": (0, 1e9),
+    "weight_decay": (0, 10), "grad_clip": (0, 1e9), "hang_timeout_s": (1, 1e6),
 }
 for option, least in LEAST.items():
     REFUSED[f"{option} below"] = ([f"--{option}={least - 1}"], [f"{option}={least - 1} ", f" {least}"])
