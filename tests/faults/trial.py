@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import torch
+import torch._dynamo  # a second, which each trial would take at the first step of its optimizer
 import tqdm
 
 torch.set_num_threads(1)  # before the server forks: a pool of threads does not survive it
