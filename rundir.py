@@ -93,6 +93,7 @@ class RunDir:
 
     def __init__(self, path: Path):
         self.path, self.begun, self.step, self.mirror, self.saver = path, False, 0, None, None
+        self.lock = None
 
     def open(self):
         """Raises RunDirInUse or CannotWrite. The lock belongs to the process: it is free however the process ends."""
@@ -176,6 +177,8 @@ class RunDir:
             beside.close()
         self.mirror = self.saver = None
         self.note_end(reason, code)
+        if self.lock:
+            self.lock.close()
 
     def note_end(self, reason: str, code: int):
         """status.json: how it ended. Does nothing unless the run has begun: a refused one changes nothing."""

@@ -410,7 +410,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         if save_due and RANK == 0:
             run.saver.save(step, model, optimizer, described, last=ending)
         if save_due and not ending:  # all wait for the save, and a signal meanwhile needs no other step
-            stopping = interrupted() and not others.anywhere(bool(run.saver.in_hand or run.saver.n_failed))
+            stopping = not others.anywhere(bool(run.saver.in_hand or run.saver.n_failed)) and interrupted()
         if stopping:
             break
         if save_due or val_due:  # not training time

@@ -35,7 +35,7 @@ OTHER = {  # a value that is not the default, where a rule below does not find o
     "model": "tiny", "recipe": "short700", "data": "fineweb10B", "out_dir": "elsewhere", "run_name": "mine",
     "batch_size": 1, "sequence_length": 512, "total_batch_tokens": 4096, "stop_after": 3, "init_from": "other",
     "device": "cpu", "window_backend": "blocked", "kernels": "plain", "n_head": 6, "n_embd": 384,
-    "window_size": 100, "window_pattern": "SL",
+    "window_size": 100, "window_pattern": "SL", "allow_change": ("seed", "data"),
 }
 NEEDS = {"pre_norm": ["--post_norm"], "window_pattern": ["--window_size", "64"]}
 
@@ -65,7 +65,7 @@ def test_every_field_is_an_option(field):
     else:
         value = other(field, before[field.name])
         argument = [f"--{'' if value else 'no_'}{field.name}"] if isinstance(value, bool) else [
-            f"--{field.name}", str(value)]
+            f"--{field.name}", *map(str, value if isinstance(value, tuple) else [value])]
         assert field.name == "device" or before[field.name] != value
     after = everything(parse(*argument, *needs))
     assert after[field.name] == value
@@ -122,7 +122,7 @@ def test_the_design_of_the_cpu_recipe():
 DO_NOT_CHANGE_THE_RESULT = {
     "model", "out_dir", "run_name", "batch_size", "stop_after", "val_every", "val_tokens", "save_every", "keep_last",
     "resume", "verify_data", "device", "compile", "window_backend", "kernels", "recompute_gelu", "wandb",
-    "hang_timeout_s",
+    "hang_timeout_s", "allow_change", "deterministic",
 }  # the model is in the name already
 
 
