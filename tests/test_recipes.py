@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
@@ -306,6 +308,12 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     assert 5000 < mib < 15000
     assert str(Path("runs/d12")) in out
     assert tree(tmp_path).keys() == {str(tmp_path)}
+
+
+def test_help_does_not_wait_for_the_compiler():
+    """torch._dynamo takes a second to import, as long as the rest of torch."""
+    code = "import sys, train_gpt2; train_gpt2.parse_options([]); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=small.ROOT).returncode == 0
 
 
 def test_help_names_every_option(capsys):
