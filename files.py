@@ -17,7 +17,10 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file in one step: a reader sees the old one or the new one. Raises OSError."""
+    """
+    Replaces the file in one step: a reader sees the old one or the new one, on return the new one even if the power
+    goes. Raises OSError.
+    """
     names = {"prefix": f".{path.name}.", "suffix": ".tmp"}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, **names) as file:
         try:
@@ -29,6 +32,7 @@ def write_text(path: Path, text: str) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
+    fsync(path.parent)
 
 
 def write_hashed(path: Path, parts: Iterable) -> dict:

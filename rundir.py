@@ -69,23 +69,28 @@ def writing(path: Path):
 def cannot_write(path: Path, error: OSError) -> str:
     """Why, and what the disk has left."""
     with suppress(OSError):
-        existing = next(parent for parent in (path, *path.parents) if parent.exists())
-        return f"cannot write to {path}: {error.strerror or error} ({shutil.disk_usage(existing).free:,} bytes free)"
+        free = shutil.disk_usage(existing(path)).free
+        return f"cannot write to {path}: {error.strerror or error} ({free:,} bytes free)"
     return f"cannot write to {path}: {error.strerror or error}"
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that is there. Raises OSError."""
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def check_writable(path: Path):
     """Raises CannotWrite unless `path`, or the directory in which it would be made, can be written to."""
     with writing(path):
-        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        place = existing(path)
         longest = max((len(os.fsencode(name)) for name in path.parts), default=0)
-        most = os.pathconf(existing, "PC_NAME_MAX")  # else the directories above it would be made first
+        most = os.pathconf(place, "PC_NAME_MAX")  # else the directories above it would be made first
     if longest > most:
         raise CannotWrite(f"cannot write to {path}: a name of {longest} bytes, {most} are possible")
-    if not existing.is_dir():
-        raise CannotWrite(f"{existing} is not a directory: choose another --out_dir")
-    if not os.access(existing, os.W_OK):
-        raise CannotWrite(f"{existing} is not writable: choose another --out_dir")
+    if not place.is_dir():
+        raise CannotWrite(f"{place} is not a directory: choose another --out_dir")
+    if not os.access(place, os.W_OK):
+        raise CannotWrite(f"{place} is not writable: choose another --out_dir")
 
 
 class RunDir:
@@ -98,8 +103,10 @@ class RunDir:
     def open(self):
         """Raises RunDirInUse or CannotWrite. The lock belongs to the process: it is free however the process ends."""
         with writing(self.path):
+            made = [path for path in (self.path, *self.path.parents) if not path.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
-            fsync(self.path.parent)  # a checkpoint is of no use in a directory that a power loss takes away
+            for path in made or [self.path]:  # a checkpoint is of no use in a directory that a power loss takes away
+                fsync(path.parent)
             self.lock = open(self.path / ".lock", "a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -29,11 +29,14 @@ class Shim:
             setattr(os, name, self.numbered(name, getattr(os, name)))
         builtins.open = io.open = self.open_watched
 
-    def before(self, name: str, path, put=None):
-        """Counts one operation, notes it in the log, at fsync with the bytes of the file, and lets the fault happen."""
+    def before(self, name: str, path, put=None, to=""):
+        """
+        Counts one operation, notes it in the log, at fsync with the bytes of the file and at rename with the new name,
+        and lets the fault happen.
+        """
         self.n += 1
         n_bytes = os.path.getsize(path) if name == "fsync" else 0
-        self.write(self.log, f"{self.n} {name} {n_bytes} {path}\n".encode())
+        self.write(self.log, f"{self.n} {name} {n_bytes} {path}\t{to}\n".encode())
         self.fault(self.n, name, put)
 
     def numbered(self, name, function):
@@ -41,7 +44,7 @@ class Shim:
             path = file_name(target) if isinstance(target, int) else target
             if options.get("dir_fd") is not None:
                 path = os.path.join(file_name(options["dir_fd"]), path)
-            self.before(name, path)
+            self.before(name, path, to=arguments[0] if name in ("rename", "replace") else "")
             return function(target, *arguments, **options)
 
         return call
@@ -64,6 +67,8 @@ class Watched:
         self.shim, self.file = shim, file
 
     def write(self, data):
+        if not len(data):  # no call of the system
+            return 0
         self.shim.before("write", self.file.name, lambda part: self.put(data[:int(part * len(data))]))
         return self.put(data)
 

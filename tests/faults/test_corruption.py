@@ -146,9 +146,9 @@ class Place(small.Runs):
     def said(self) -> str:
         return self.out.read_text()
 
-    def operations(self) -> list[list[str]]:
-        """(number, name, size at fsync, path) of the last trial."""
-        return [line.split(" ", 3) for line in trial.operations(self.out)]
+    def operations(self) -> list[trial.Operation]:
+        """Of the last trial."""
+        return trial.operations(self.out)
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_a_shard_truncated_while_running(known_data, place):
     prepare()
     assert place() == 0
     expected = place.path.rename(place.directory / "expected")
-    first = next(int(n) for n, name, _, path in place.operations() if name == "open" and "metrics" in path)
+    first = next(one.n for one in place.operations() if one.name == "open" and "metrics" in one.path)
     last = len(place.operations())
     for generator in (trials := generators(30, "truncated while running")):
         prepare()

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch._dynamo  # a second, which each trial would take at the first step of its optimizer
@@ -65,6 +66,20 @@ def run(options: list[str], out: Path, fault="none", arguments=(), control=False
     return process.exitcode
 
 
-def operations(out: Path) -> list[str]:
-    """What the last trial with this `out` did to files, one operation a line: number, name, path."""
-    return out.with_suffix(".operations").read_text().splitlines()
+class Operation(NamedTuple):
+    """One by which a process changed files; n_bytes: of the file at fsync, else 0; to: the new name at rename."""
+
+    n: int
+    name: str
+    n_bytes: int
+    path: str
+    to: str
+
+
+def operations(out: Path) -> list[Operation]:
+    """What the last trial with this `out` did to files."""
+    found = []
+    for line in out.with_suffix(".operations").read_text().splitlines():
+        n, name, n_bytes, paths = line.split(" ", 3)
+        found.append(Operation(int(n), name, int(n_bytes), *paths.split("\t")))
+    return found
