@@ -113,7 +113,8 @@ def main() -> int:
     with tempfile.NamedTemporaryFile("r") as file:
         environment = os.environ | {"FAULTS_SCALE": str(config.scale), "FAULTS_TABLE": file.name}
         command = [sys.executable, "-m", "pytest", "-q", "tests/faults", "-k", config.only]
-        code, start = subprocess.run(command, env=environment).returncode, time.time()
+        start = time.time()
+        code = subprocess.run(command, env=environment).returncode
         rows = add_up([json.loads(text) for text in file])
     about = {"command": shlex.join(["python", "-m", "tests.faults.publish", *sys.argv[1:]]),
              "commit": git("rev-parse", "HEAD").decode().strip(), "machine": machine.versions(torch.device("cpu")),
