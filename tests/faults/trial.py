@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest  # noqa: F401 (a child imports what its parent was started with)
 import torch
 import torch._dynamo  # a second, which each trial would take at the first step of its optimizer
 import tqdm
@@ -20,6 +21,8 @@ tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, w
 
 import train_gpt2  # noqa: E402
 from tests.faults import naive, shim  # noqa: E402
+
+train_gpt2.parse_options(["--device", "cpu"])  # fills tyro's caches, a third of a trial
 
 SCALE = int(os.environ.get("FAULTS_SCALE", 1))  # how many times as many random faults
 SECONDS = 60 * SCALE  # a trial that hangs is a failed one
