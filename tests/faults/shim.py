@@ -119,10 +119,12 @@ def fail_at(at: int, number: int, times: int = 1):
     return fault
 
 
-def file_size_limit(n_bytes: int):
-    """No file can grow beyond this."""
+def file_size_limit(n_bytes: int, deadly: bool = False):
+    """No file can grow beyond this. deadly: as in a program that does not ignore SIGXFSZ, which Python does."""
     def fault(n, name, put):
         resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.RLIM_INFINITY))
+        if deadly:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 
     return fault
 
