@@ -75,7 +75,8 @@ def test_disks_of_20_sizes(whole, small_disk):  # noqa: F811
             except (AssertionError, OSError, SafetensorError):
                 assert control
                 naive_failed += 1
-    assert codes.count(5) > 5 and naive_failed > 5 and set(n_saved) == {0, 1, 2} and 0 in codes, (codes, n_saved, naive_failed)
+    assert codes.count(5) > 5 and 0 in codes and set(n_saved) == {0, 1, 2}, (codes, n_saved)
+    assert naive_failed > 3
     record("a disk of 20 sizes", 20, 20, 0, naive_failed, 20, time.time() - begun)
 
 
