@@ -11,15 +11,15 @@ STEPS = min(20_000, 2_000 * trial.SCALE)
 
 
 def growth(directory, data, n_steps, leak=False) -> tuple[float, int]:
-    """In MiB, and in open files: from the second tenth of a run to the last."""
+    """In MiB, and in open files: from the second quarter of a run, after its first validation, to the last."""
     place = Place(directory, data)
     options = OPTIONS | {"max_steps": n_steps, "save_every": 100, "val_every": 500}
     code = trial.run(place.runs.options(**options), place.out, "watch", (directory / "usage", leak))
     assert code == 0, place.out.read_text()[-1000:]
     rows = [line.split() for line in (directory / "usage").read_text().splitlines()]
     assert len(rows) > 2 * n_steps // 100 - 3  # of each save a rename, and of what is removed
-    tenth = max(len(rows) // 10, 1)
-    early, late = rows[tenth:2 * tenth], rows[-tenth:]
+    quarter = len(rows) // 4
+    early, late = rows[quarter:2 * quarter], rows[-quarter:]
     mib, n_files = ([statistics.median(float(row[i]) for row in part) for part in (early, late)] for i in (0, 1))
     return mib[1] - mib[0], n_files[1] - n_files[0]
 
