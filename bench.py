@@ -6,7 +6,7 @@ How fast a training step is, where its time goes, and what it would take at leas
     python bench.py --verify
 
 A step is that of train_gpt2.py with one micro-batch of random tokens in one process: forward and backward, clipping,
-AdamW. Its time is the median on the host's clock after a warm-up, "peak" what torch has allocated at most.
+optimizer. Its time is the median on the host's clock after a warm-up, "peak" what torch has allocated at most.
 The table has, for each kind of kernel (kernels.py), its time in a few more steps under torch's profiler, and its floor
 (floor.py). --compare takes a second setting, the first one with these options changed, and runs both in turn, A B A B.
 --verify is verify.py.
@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 import tyro
 
+import checkpoint
 import machine
 from attention import forget_compiled
 from compiling import SlowPath, compiles
@@ -33,11 +34,11 @@ from configs.recipes import TrainConfig
 from configs.variants import model_name, variant
 from files import write_json
 from floor import measure_floor
-from kernels import ALL_KINDS, profile
+from kernels import ALL_KINDS, OPTIMIZER, profile
 from measure import ratio, step_times
 from memory import MIB
 from model import GPT, GPTConfig
-from optim import make_optimizer, update
+from optim import make_optimizers, update
 from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, writing
 
 WARMUP_STEPS, PROFILED_STEPS = 5, 3
@@ -69,6 +70,8 @@ class BenchConfig:
     """torch.compile; auto: on CUDA"""
     recompute_gelu: bool = False
     """with fused kernels: keep GELU's input alone for backward, not its output"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """as in train_gpt2.py"""
     device: str = "auto"
     """auto, cuda or cpu"""
     out_dir: str = "runs/bench"
@@ -154,8 +157,9 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
 def build(config: BenchConfig, device: torch.device):
     """(a step as in train_gpt2.py, warmed up; MiB that stay between steps)."""
     model = GPT(config.gpt, config.window_backend, config.kernels, config.recompute_gelu).to(device)
-    optimizer = make_optimizer(model, TrainConfig())
-    if compiles(config.compile, device):
+    compiled = compiles(config.compile, device)
+    optimizers = make_optimizers(model, TrainConfig(optimizer=config.optimizer), compiled)
+    if compiled:
         model.compile()
     dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -166,11 +170,12 @@ def build(config: BenchConfig, device: torch.device):
         with autocast:
             _, loss = model(inputs, targets)
         loss.backward()
-        return machine.read_later(update(model, optimizer, loss.detach(), TrainConfig.grad_clip))
+        with torch.profiler.record_function(OPTIMIZER):
+            return machine.read_later(update(model, optimizers, loss.detach(), TrainConfig.grad_clip))
 
     step_times(step, WARMUP_STEPS, device)
-    state = [x for values in optimizer.state.values() for x in values.values()]
-    held_mib = sum(x.nbytes for x in (*model.parameters(), *state, inputs, targets)) / MIB
+    tensors = *checkpoint.named_tensors(model, optimizers), {"inputs": inputs, "targets": targets}
+    held_mib = sum(x.nbytes for part in tensors for x in part.values()) / MIB
     return step, held_mib
 
 
@@ -212,7 +217,7 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
         peak_flops = machine.peak_flops(machine.device_name(device)) if dtype == torch.bfloat16 else None
         figure |= {"step_ms": ms, "tokens_per_s": 1000 * config.tokens / ms,
                    "mfu": flops_per_s / peak_flops if peak_flops else None,
-                   "floor": measure_floor(model, config.batch_size, T, device, dtype)}
+                   "floor": measure_floor(model, config.batch_size, T, device, dtype, config.optimizer)}
     return figures
 
 
@@ -234,7 +239,8 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
     times = [ms for times in figure["rounds_ms"] for ms in times]
     print(f"\n{model_name(config.gpt)}, {config.batch_size} x {config.sequence_length} tokens, {dtype}, "
           f"compile {config.compile}" + f", window by {config.window_backend}" * bool(config.window_backend)
-          + f", {config.kernels} kernels" * bool(config.kernels) + ", GELU recomputed" * config.recompute_gelu)
+          + f", {config.kernels} kernels" * bool(config.kernels) + ", GELU recomputed" * config.recompute_gelu
+          + ", Muon" * (config.optimizer == "muon"))
     print(f"{figure['step_ms']:,.2f} ms a step ({min(times):,.2f} to {max(times):,.2f}, {len(times)} steps), "
           f"{figure['tokens_per_s']:,.0f} tokens/s, "
           + (f"{figure['mfu']:.1%} MFU" if figure["mfu"] else "MFU unknown")

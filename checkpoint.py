@@ -61,12 +61,12 @@ def save(run_directory: Path, step: int, weights: dict, moments: dict, state: di
     return target
 
 
-def named_tensors(model: torch.nn.Module, optimizer) -> tuple[dict, dict]:
-    """The weights by name, each once, and the optimizer's state as `<parameter name>/<state key>`."""
+def named_tensors(model: torch.nn.Module, optimizers: list) -> tuple[dict, dict]:
+    """The weights by name, each once, and the state of the optimizers as `<parameter name>/<state key>`."""
     names = {weight: name for name, weight in model.named_parameters()}
     weights = {name: weight.detach() for weight, name in names.items()}
-    moments = {f"{names[weight]}/{key}": value for weight, values in optimizer.state.items()
-               for key, value in values.items()}
+    moments = {f"{names[weight]}/{key}": value for optimizer in optimizers
+               for weight, values in optimizer.state.items() for key, value in values.items()}
     return weights, moments
 
 
@@ -80,10 +80,10 @@ class Saver:
         self.run, self.keep_last, self.say, self.n_failed = run, keep_last, say, 0
         self.thread, self.in_hand, self.memory = ThreadPoolExecutor(1) if beside else None, None, ({}, {})
 
-    def save(self, step: int, model: torch.nn.Module, optimizer, state: dict, last: bool):
+    def save(self, step: int, model: torch.nn.Module, optimizers: list, state: dict, last: bool):
         """Of `step` updates. last: returns when it is on the disk."""
         self.wait()
-        self.step, self.last, tensors = step, last, named_tensors(model, optimizer)
+        self.step, self.last, tensors = step, last, named_tensors(model, optimizers)
         self.n_bytes = sum(tensor.nbytes for part in tensors for tensor in part.values())
         if name := first_not_finite(tensors[0] | tensors[1]):
             raise NotFinite(f"step {step}: {name} is not finite after it, and is not saved")
@@ -258,12 +258,15 @@ def load_weights(checkpoint: Path, model: torch.nn.Module):
             weight.copy_(tensors[name])
 
 
-def load_optimizer(checkpoint: Path, model: torch.nn.Module, optimizer):
+def load_optimizers(checkpoint: Path, model: torch.nn.Module, optimizers: list):
     """The state of each parameter, to the parameter's device; as saved, bit for bit."""
     weights = dict(model.named_parameters())
+    states = {weight: optimizer.state for optimizer in optimizers for group in optimizer.param_groups
+              for weight in group["params"]}
     for key, value in load_file(checkpoint / "optim.safetensors").items():
         name, state_key = key.rsplit("/", 1)
-        optimizer.state[weights[name]][state_key] = value.to(weights[name].device)
+        weight = weights[name]
+        states[weight][weight][state_key] = value.to(weight.device)
 
 
 def load_model(checkpoint: Path, device="cpu") -> GPT:

@@ -27,7 +27,8 @@ def weight_shapes(config: GPTConfig) -> dict[tuple[int, int], int]:
     return {(C, 3 * C): L, (C, C): L, (C, 4 * C): L, (4 * C, C): L, (C, config.vocab_size): 1}
 
 
-def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, kernels: str) -> dict[str, int]:
+def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, kernels: str,
+                optimizer: str = "adamw") -> dict[str, int]:
     """
     Bytes that a step must read and write for each kind of kernel but products and attention. itemsize: of an element
     of the activations; parameters, gradients and moments are float32.
@@ -41,17 +42,18 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, 
                      read and written, forward and backward; with qk_norm read again in backward. The last norm
     embedding        a row read and x written; in backward the gradient of x added to a row
     optimizer        AdamW reads the weight, its gradient and two moments and writes all but the gradient, which the
-                     norm for clipping has read before
+                     norm for clipping has read before; Muon has one moment, and its products are left out
     other            in 16 bits: each weight is cast for the products, and with plain kernels its gradient back
     """
     x, L = tokens * config.n_embd * itemsize, config.n_layer
+    of_muon = 12 * config.n_embd**2 * L if optimizer == "muon" else 0
     branch = 6 + 2 * config.pre_norm + 2 * config.post_norm  # times x
     return {
         "loss": 2 * tokens * config.vocab_size * itemsize,
         "activation": 5 * 4 * x * L * (kernels == "plain"),
         "norm and rotary": (2 * branch + 8 + 2 * config.qk_norm) * x * L + 4 * x,
         "embedding": 2 * x + 3 * 4 * tokens * config.n_embd,
-        "optimizer": (7 + 1) * 4 * num_params,
+        "optimizer": 4 * ((7 + 1) * num_params - 2 * of_muon),
         "other": (1 + (kernels == "plain")) * (4 + itemsize) * num_params if itemsize < 4 else 0,
     }
 
@@ -99,11 +101,11 @@ def attention_ms(config: GPTConfig, window_backend: str | None, B: int, T: int, 
     return total
 
 
-def measure_floor(model: GPT, B: int, T: int, device: torch.device, dtype: torch.dtype) -> dict:
+def measure_floor(model: GPT, B: int, T: int, device: torch.device, dtype: torch.dtype, optimizer: str) -> dict:
     """"kinds": least ms of each kind in a step of B sequences of T tokens; and the two rates."""
     config, rate, shapes = model.config, copy_rate(device), weight_shapes(model.config)
     *_, kernels = model.choose_kernels(T, device, dtype)
-    n_bytes = least_bytes(config, B * T, model.num_params(), dtype.itemsize, kernels)
+    n_bytes = least_bytes(config, B * T, model.num_params(), dtype.itemsize, kernels, optimizer)
     kinds = {"matrix product": sum(n * products_ms(B * T, *shape, device, dtype, kernels)
                                    for shape, n in shapes.items()),
              "attention": attention_ms(config, model.window_backend, B, T, device, dtype)}

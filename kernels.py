@@ -19,12 +19,13 @@ import machine
 
 # A name belongs to the first kind whose pattern is found in it, in upper or lower case. The order matters: attention's
 # kernels can have "cutlass" in their names, and those of norms the operators of what they are fused with.
+OPTIMIZER = "optimizer"  # around the update in a step: what runs in it, but for communication, is of this kind
 KINDS = {
     "communication": r"nccl",
+    "optimizer": rf"^{OPTIMIZER}: |multi_tensor_apply|adam|foreach|lpnorm|vector_norm|norm(one|two)ops",
     "attention": r"flash|flex_attention|fmha|cudnn|attention",
     "loss": r"log_softmax|nll_loss|logsumexp|cross_entropy|softmax_?(forward|backward|warp)",
     "matrix product": r"nvjet|gemm|gemv|cutlass|splitk|cublas|triton_tem_|triton_mm|aten::(add|b|badd)?mm$|mkl",
-    "optimizer": r"multi_tensor_apply|adam|foreach|lpnorm|vector_norm|norm(one|two)ops|optimizer",
     "activation": r"gelu|tanh",
     "embedding": r"embedding|index_select",
     "norm and rotary": r"rms_?norm|rsqrt|rotate|triton_.*_(add|cat|mean|mul|neg|pow|sub)(_|$)|"
@@ -83,6 +84,13 @@ def profile(step: Callable[[], object], steps: int, device: torch.device) -> dic
             step()
         machine.synchronize(device)
         wall_ms = 1000 * (time.perf_counter() - clock)
-    events = [(event.name, event.time_range.start, event.time_range.end) for event in profiler.events()
-              if event.device_type.name == activity and not event.is_user_annotation]
-    return breakdown(events, wall_ms, steps)
+    events = [event for event in profiler.events() if event.device_type.name == activity]
+    updates = [event.time_range for event in events if event.is_user_annotation and event.name == OPTIMIZER]
+    timed = [(event.name, event.time_range.start, event.time_range.end) for event in events
+             if not event.is_user_annotation]
+    return breakdown([(within(updates, start) + name, start, end) for name, start, end in timed], wall_ms, steps)
+
+
+def within(updates: list, start: float) -> str:
+    """What the name of a kernel that starts then begins with; updates: when they ran."""
+    return f"{OPTIMIZER}: " * any(update.start <= start < update.end for update in updates)

@@ -193,22 +193,25 @@ def num_params(config: GPTConfig) -> int:
 
 
 def training_need(config: GPTConfig, backend: str | None, B: int, T: int, shares: int, kernels="fused",
-                  recompute=False) -> int:
+                  recompute=False, optimizer="adamw") -> int:
     """
-    Peak in bytes of an update with AdamW on CUDA, compiled, in bf16, from the second one on. shares: micro-steps times
-    processes; with several the gradients stay, as sums or in DDP's buckets.
+    Peak in bytes of an update on CUDA, compiled, in bf16, from the second one on. shares: micro-steps times processes;
+    with several the gradients stay, as sums or in DDP's buckets.
     """
     weights, model = 4 * num_params(config), model_need(config, backend, B, T, kernels, recompute)
-    moments, gradients = 2 * weights, weights if shares > 1 else 0
+    moments, gradients, scratch = 2 * weights, weights if shares > 1 else 0, 0
+    if optimizer == "muon":  # one moment for a matrix of a block; four times the largest batch of them, in bf16
+        moments -= 4 * 12 * config.n_embd**2 * config.n_layer
+        scratch = 4 * 2 * 4 * config.n_embd**2 * config.n_layer
     workspace = WORKSPACE_BYTES if kernels == "fused" else 0
-    return max(max(model.forward_peak, model.backward_peak) + gradients, 2 * weights) + moments + workspace
+    return max(max(model.forward_peak, model.backward_peak) + gradients, 2 * weights + scratch) + moments + workspace
 
 
 def training_mib(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> float:
     """The same for the options of a run, in MiB."""
     backend, kernels = config.window_backend or "flex", config.kernels or "fused"
     return training_need(gpt_config, backend, batch_size, config.sequence_length, shares, kernels,
-                         config.recompute_gelu) / MIB
+                         config.recompute_gelu, config.optimizer) / MIB
 
 
 def divisors(n: int) -> list[int]:

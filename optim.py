@@ -1,24 +1,103 @@
-"""The optimizer and the learning-rate schedule."""
+"""
+The optimizers and the learning-rate schedule.
+
+AdamW (arXiv 1711.05101) updates everything, or with `muon` only embedding and head, and Muon the matrices of the blocks
+(Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): their momentum, with all singular values made about 1.
+"""
 
 import math
+from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 
+from compiling import compile_static
 from configs.recipes import TrainConfig
 
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of a x + b x^3 + c x^5, five times: Jordan's
+NEWTON_SCHULZ_STEPS = 5
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) in one fused kernel; weight decay on matrices only."""
-    weights = list(model.parameters())
+
+def make_optimizers(model: torch.nn.Module, config: TrainConfig, compiled: bool = False) -> list[torch.optim.Optimizer]:
+    """Each weight is in one of them; weight decay on matrices only. compiled: torch.compile for what is not fused."""
+    weights = dict(model.named_parameters())
+    hidden = [weights.pop(name) for name in list(weights)
+              if config.optimizer == "muon" and ".h." in name and weights[name].ndim == 2]
     groups = [
-        {"params": [weight for weight in weights if weight.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [weight for weight in weights if weight.ndim < 2], "weight_decay": 0.0},
+        {"params": [weight for weight in weights.values() if weight.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in weights.values() if weight.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    return [adamw, *([Muon(hidden, config.muon_learning_rate, config.weight_decay, compiled)] if hidden else [])]
 
 
-def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, grad_clip: float):
+class Muon(torch.optim.Muon):
+    """
+    torch's, with all matrices of one shape as one batch. Of several processes each makes its share of the updates and
+    gets the others'. `found_inf`, a float32 on the device, leaves all as it was where it is 1, as in fused AdamW.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], lr: float, weight_decay: float, compiled: bool = False):
+        super().__init__(weights, lr=lr, weight_decay=weight_decay)
+        self.found_inf = torch.zeros((), device=weights[0].device)
+        self.follow, self.move = (compile_static(f) if compiled else f for f in (follow, move))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same_shape = defaultdict(list)
+            for weight in group["params"]:
+                same_shape[weight.shape].append(weight)
+            lr = torch.tensor(group["lr"], dtype=torch.float32)  # a number would be compiled in
+            for (rows, columns), weights in same_shape.items():
+                gradients = [weight.grad for weight in weights]
+                buffers = [self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                           for weight in weights]
+                directions = self.follow(gradients, buffers, group["momentum"], self.found_inf)
+                updates = share(orthogonal, directions)
+                scale = math.sqrt(max(1, rows / columns))
+                self.move(weights, updates, lr, group["weight_decay"], scale, self.found_inf)
+
+
+def follow(gradients: list, buffers: list, momentum: float, found_inf):
+    """Moves the running means towards the gradients. Returns Nesterov's directions, bfloat16 (n, rows, columns)."""
+    for gradient, buffer in zip(gradients, buffers, strict=True):
+        buffer.copy_(torch.where(found_inf > 0, buffer, buffer.lerp(gradient, 1 - momentum)))
+    return torch.stack([gradient.lerp(buffer, momentum).bfloat16()
+                        for gradient, buffer in zip(gradients, buffers, strict=True)])
+
+
+def orthogonal(x):
+    """u v^T for each matrix u s v^T of (n, rows, columns), s about 1: between 0.7 and 1.2. In the dtype of x."""
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = NEWTON_SCHULZ
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def share(function, x):
+    """function(x), where it works on each x[i] alone, the work divided among all processes."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function(x)
+    n = -(-len(x) // dist.get_world_size())
+    mine = x[dist.get_rank() * n:][:n]
+    result = x.new_zeros(dist.get_world_size() * n, *x.shape[1:])
+    dist.all_gather_into_tensor(result, torch.cat((function(mine), x.new_zeros(n - len(mine), *x.shape[1:]))))
+    return result[:len(x)]
+
+
+def move(weights: list, updates, lr, weight_decay: float, scale: float, found_inf):
+    """w (1 - lr weight_decay) - lr scale update, for each; lr: float32."""
+    for weight, update in zip(weights, updates, strict=True):
+        weight.copy_(torch.where(found_inf > 0, weight, weight * (1 - lr * weight_decay) - lr * scale * update))
+
+
+def update(model: torch.nn.Module, optimizers: list, loss: torch.Tensor, grad_clip: float):
     """
     Clips the gradient, updates the weights and drops the gradient. Returns (loss, norm of the gradient) as one float32
     tensor on the device, and no host waits: where one of them is not finite the kernels of CUDA and CPU leave all as it
@@ -27,16 +106,30 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     report = torch.stack((loss.float(), grad_norm.float()))
     not_finite = 1 - report.isfinite().all().float()
-    optimizer.found_inf = not_finite.maximum(getattr(optimizer, "found_inf", not_finite))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.found_inf = not_finite.maximum(getattr(optimizer, "found_inf", not_finite))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return report
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the update that follows `step` updates: linear rise over warmup_steps, then decay to final_lr_fraction."""
+def set_learning_rate(optimizers: list, config: TrainConfig, step: int) -> float:
+    """Of the update that follows `step` updates, in each optimizer its own peak's part. Returns AdamW's."""
+    part = schedule(config, step)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * part
+    return config.learning_rate * part
+
+
+def schedule(config: TrainConfig, step: int) -> float:
+    """
+    The learning rate as a part of its peak: linear rise over warmup_steps, then the peak, and over the last
+    decay_fraction of all steps (all that are left, if it is 1) a decay to final_lr_fraction.
+    """
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)
+        return (step + 1) / config.warmup_steps
+    decay_start = max(config.warmup_steps, round(config.max_steps * (1 - config.decay_fraction)))
+    progress = max(0.0, (step - decay_start) / max(1, config.max_steps - decay_start))
     remaining = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
-    return config.learning_rate * (config.final_lr_fraction + (1 - config.final_lr_fraction) * remaining)
+    return config.final_lr_fraction + (1 - config.final_lr_fraction) * remaining

@@ -47,7 +47,7 @@ from data.tokenizer import token_bytes
 from measure import block_mask_cost
 from memory import largest_batch_size, memory_advice, training_mib
 from model import GPT, GPTConfig
-from optim import learning_rate, make_optimizer, update
+from optim import make_optimizers, set_learning_rate, update
 
 # torchrun sets these; without it there is one process
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -97,6 +97,8 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
     T, window_size = config.sequence_length, gpt_config.window_size
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
+    if config.optimizer != "muon" and config.muon_learning_rate != recipe(config.recipe).muon_learning_rate:
+        raise ValueError(f"muon_learning_rate={config.muon_learning_rate} has no use with --optimizer adamw")
     dtype = machine.matmul_dtype(device, config.dtype)
     *_, kernels = model.choose_kernels(T, device, dtype)
     if device.type == "cuda":  # else the memory that is predicted is that of a GPU
@@ -255,15 +257,17 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
 
     # --- model and optimizer, new or as saved ---
     model = GPT(gpt_config, config.window_backend, config.kernels, config.recompute_gelu, config.seed).to(device)
-    optimizer = make_optimizer(model, config)
+    compiled = compiles(config.compile, device)
+    optimizers = make_optimizers(model, config, compiled)
     if start > 0:
         saved = run.path / checkpoint.directory_name(start)
         checkpoint.load_weights(saved, model)
-        checkpoint.load_optimizer(saved, model, optimizer)
+        if checkpoint.read_state(saved)["settings"]["optimizer"] == config.optimizer:
+            checkpoint.load_optimizers(saved, model, optimizers)  # else --allow_change: it begins anew
         print0(f"resuming from {saved}")
     elif config.init_from is not None:
         checkpoint.load_weights(weights_from or checkpoint.find(config.init_from, config.out_dir), model)
-    if compiles(config.compile, device):
+    if compiled:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
     dtype = machine.matmul_dtype(device, config.dtype)
@@ -355,7 +359,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         where = finite.explain(model, forward, batches, partial(windows, step - 1))
         if RANK == 0:
             with suppress(OSError):
-                tensors = checkpoint.named_tensors(model, optimizer)
+                tensors = checkpoint.named_tensors(model, optimizers)
                 checkpoint.save(run.path / checkpoint.NOT_FINITE, step - 1, *tensors, described, keep_last=1)
         return rundir.NotFinite(f"step {step}: {what}; {where}; python replay.py --run {run.path.name}")
 
@@ -383,10 +387,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             inputs, targets = next(batches)
         if WORLD_SIZE > 1:
             dist.all_reduce(loss)
-        lr = learning_rate(config, step - 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        launched.append((step, lr, machine.read_later(update(model, optimizer, loss, config.grad_clip))))
+        lr = set_learning_rate(optimizers, config, step - 1)
+        launched.append((step, lr, machine.read_later(update(model, optimizers, loss, config.grad_clip))))
         stopping = interrupted()
 
         # --- log what is done: all, or on a GPU all but this step; with an evaluation if it is due ---
@@ -408,7 +410,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
 
         # --- save ---
         if save_due and RANK == 0:
-            run.saver.save(step, model, optimizer, described, last=ending)
+            run.saver.save(step, model, optimizers, described, last=ending)
         if save_due and not ending:  # all wait for the save, and a signal meanwhile needs no other step
             stopping = not others.anywhere(bool(run.saver.in_hand or run.saver.n_failed)) and interrupted()
         if stopping:

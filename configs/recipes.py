@@ -37,14 +37,18 @@ class TrainConfig:
     """leave early, after this step; the schedule does not change and the same line continues"""
 
     # optimizer
-    optimizer: Literal["adamw"] = "adamw"
-    """AdamW, arXiv 1711.05101"""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """AdamW (arXiv 1711.05101), or Muon for the matrices of the blocks and AdamW for the rest (optim.py)"""
     learning_rate: float = 6e-4
-    """peak, reached after the warm-up"""
+    """of AdamW: peak, reached after the warm-up"""
+    muon_learning_rate: float = 0.02
+    """of Muon: peak, with the same schedule"""
     final_lr_fraction: float = 0.0
     """learning rate at the end of the schedule as a fraction of the peak"""
     schedule: Literal["cosine", "linear"] = "cosine"
-    """decay after the warm-up"""
+    """form of the decay"""
+    decay_fraction: float = 1.0
+    """of all steps, the last ones, over which the learning rate decays; less than 1 is warm-up, stable, decay (WSD)"""
     warmup_steps: int = 20
     """steps over which the learning rate rises linearly"""
     beta1: float = 0.9
@@ -105,7 +109,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={value} must lie between {least} and 2^40")
         limits = {
             "learning_rate": (0, 10), "final_lr_fraction": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),
-            "weight_decay": (0, 10), "grad_clip": (0, 1e9), "hang_timeout_s": (1, 1e6),
+            "weight_decay": (0, 10), "grad_clip": (0, 1e9), "hang_timeout_s": (1, 1e6), "muon_learning_rate": (0, 10),
+            "decay_fraction": (0, 1),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
@@ -127,8 +132,8 @@ class TrainConfig:
 # options on which the trained weights depend, in the order of a run's name; the others move rounding at most
 RESULT_FIELDS = (
     "recipe", "data", "sequence_length", "total_batch_tokens", "max_steps", "optimizer", "learning_rate",
-    "final_lr_fraction", "schedule", "warmup_steps", "beta1", "beta2", "weight_decay", "grad_clip", "init_from",
-    "dtype", "seed",
+    "muon_learning_rate", "final_lr_fraction", "schedule", "decay_fraction", "warmup_steps", "beta1", "beta2",
+    "weight_decay", "grad_clip", "init_from", "dtype", "seed",
 )
 
 RECIPES = {

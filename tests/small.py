@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 import train_gpt2
+from configs.recipes import TrainConfig
 from data.shards import Shard, write_shard
 
 ROOT = Path(__file__).parent.parent
 VOCAB, T, BATCH_TOKENS = 512, 32, 128  # 4 sequences a step
+OPTIMIZERS = get_args(get_type_hints(TrainConfig)["optimizer"])
 OPTIONS = {
     "model": "tiny", "vocab_size": VOCAB, "sequence_length": T, "total_batch_tokens": BATCH_TOKENS, "max_steps": 6,
     "warmup_steps": 2, "learning_rate": 1e-2, "val_every": 0, "val_tokens": 2 * T, "save_every": 0, "device": "cpu",

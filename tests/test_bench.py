@@ -133,6 +133,8 @@ def test_least_bytes():
                        "optimizer": 32_000, "other": 12_000}
     assert least_bytes(plain, 10, 1000, 2, "fused") == n_bytes | {"activation": 0, "other": 6_000}
     assert least_bytes(plain, 10, 1000, 4, "plain")["other"] == 0
+    of_muon = least_bytes(plain, 10, 10**6, 2, "plain", "muon")["optimizer"]
+    assert of_muon == 32 * 10**6 - 8 * (4 + 4 + 4) * 64**2 * 2  # a moment of these is neither read nor written
     assert least_bytes(plain, 10, 1000, 4, "plain")["loss"] == 2 * n_bytes["loss"]
 
     def more(**flags):
@@ -159,7 +161,7 @@ def test_floor_of_made_up_rates(monkeypatch):
     floor.products_ms.cache_clear()
     with torch.device("meta"):
         model = GPT(replace(gpt, vocab_size=512))
-    result = floor.measure_floor(model, 2, 32, CPU, torch.float32)
+    result = floor.measure_floor(model, 2, 32, CPU, torch.float32, "adamw")
     floor.products_ms.cache_clear()
     assert result["kinds"]["matrix product"] == 3 * (4 * 3 + 1)  # three for each weight: four in a layer, and the head
     assert measured[:3] == [(64, 192), (64, 64), (192, 64)]
@@ -231,7 +233,7 @@ def test_command(tmp_path, capsys):
         assert setting["kinds"][kind] > 0 and setting["floor"]["kinds"][kind] > 0 and kind in out
     calls = {kernel["name"]: kernel["calls"] for kernel in setting["kernels"]}
     assert calls["aten::mm"] == 3 * (4 * 2 + 1)
-    assert calls["aten::_fused_adamw_"] == calls["aten::_foreach_norm"] == 1
+    assert calls["optimizer: aten::_fused_adamw_"] == calls["optimizer: aten::_foreach_norm"] == 1
     assert "--qk_norm" in results(tmp_path)["command"] and results(tmp_path)["machine"]["torch"] == torch.__version__
 
 

@@ -9,7 +9,6 @@ import resource
 import shutil
 import threading
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 import small
@@ -22,7 +21,7 @@ import rundir
 import train_gpt2
 from configs.recipes import TrainConfig
 from model import GPT, GPTConfig
-from optim import learning_rate
+from optim import schedule
 
 runs = small.runs
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=small.VOCAB)
@@ -47,7 +46,7 @@ def whole(tmp_path_factory):
 # going on
 
 
-@pytest.mark.parametrize("optimizer", get_args(get_type_hints(TrainConfig)["optimizer"]))
+@pytest.mark.parametrize("optimizer", small.OPTIMIZERS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch_size", [4, 2], ids=["accumulation 1", "accumulation 2"])
 @pytest.mark.parametrize("k", range(1, 12))
@@ -444,8 +443,8 @@ def test_a_save_beside_ends_before_the_run(runs, monkeypatch):
         assert failed.wait(timeout=60)
         return original_save(run_directory, step, *arguments)
 
-    def update(model, optimizer, loss, grad_clip):
-        report = original_update(model, optimizer, loss, grad_clip)
+    def update(model, optimizers, loss, grad_clip):
+        report = original_update(model, optimizers, loss, grad_clip)
         update.n += 1
         if update.n == 4:
             failed.set()
@@ -654,10 +653,21 @@ def test_allow_change(runs, capsys):
     assert "weight_decay" in capsys.readouterr().err
     assert call(train_gpt2.main, [*runs.options(**changes), "--allow_change", "learning_rate", "weight_decay"]) == 0
     assert "changed: learning_rate=0.01, from now on 0.005" in capsys.readouterr().out
-    assert metrics(runs.path)[2]["lr"] == pytest.approx(learning_rate(TrainConfig(
-        learning_rate=5e-3, warmup_steps=2, max_steps=6), 2))
+    assert metrics(runs.path)[2]["lr"] == pytest.approx(5e-3 * schedule(TrainConfig(
+        warmup_steps=2, max_steps=6), 2))
     assert checkpoint.read_state(runs.path / "step-00000006")["settings"]["learning_rate"] == 5e-3
     assert runs(**changes) == 0  # finished, and begun so by now
+
+
+@pytest.mark.parametrize("before", small.OPTIMIZERS)
+@pytest.mark.parametrize("after", small.OPTIMIZERS)
+def test_allow_change_of_the_optimizer(runs, before, after):
+    """Its state begins anew: nothing of the other one's is left."""
+    assert runs(save_every=2, stop_after=2, optimizer=before) == 0
+    assert runs(save_every=2, optimizer=after, allow_change="optimizer") == 0
+    assert runs(save_every=2, optimizer=after, run_name="all") == 0
+    keys = [load_file(run / "step-00000006" / "optim.safetensors").keys() for run in (runs.path, runs.out_dir / "all")]
+    assert keys[0] == keys[1]
 
 
 def test_allow_change_of_the_data(runs, capsys):

@@ -167,6 +167,9 @@ def test_training_need_by_hand():
     assert model_need(tiny, None, 2, 8, "plain") == Need(plain, plain, plain + 2 * matrix)
     assert training_need(tiny, None, 2, 8, 1, "plain") == max(plain + 2 * matrix, 8 * n_params) + 8 * n_params
     assert training_need(tiny, None, 2, 8, 2, "plain") == plain + 2 * matrix + 12 * n_params
+    of_muon = 2 * (4 + 4 + 4) * 64**2  # have one moment
+    assert training_need(tiny, None, 2, 8, 2, "plain", optimizer="muon") == (
+        training_need(tiny, None, 2, 8, 2, "plain") - 4 * of_muon)
     assert model_need(tiny, None, 2, 8, recompute=True).forward_peak == forward - 2 * 4 * x
     assert layer_bytes(replace(tiny, post_norm=True, qk_norm=True), None, 2, 8) == 16 * x + 3 * rows + 4 * norm
 

@@ -1,6 +1,5 @@
 """Options, recipes, the run's name, the schedule, and what is refused before anything is written."""
 
-import math
 import re
 import subprocess
 import sys
@@ -17,7 +16,6 @@ import train_gpt2
 from configs.recipes import RECIPES, TrainConfig, recipe, run_name
 from configs.variants import VARIANTS, model_name
 from model import GPTConfig
-from optim import learning_rate
 
 runs = small.runs
 FIELDS = [pytest.param(f, id=f.name) for f in (*fields(TrainConfig), *fields(GPTConfig))]
@@ -62,13 +60,10 @@ def everything(configs):
 def test_every_field_is_an_option(field):
     needs = NEEDS.get(field.name, [])
     before = everything(parse(*needs))
-    if field.name == "optimizer" and get_args(field.type) == ("adamw",):
-        value, argument = "adamw", ["--optimizer", "adamw"]
-    else:
-        value = other(field, before[field.name])
-        argument = [f"--{'' if value else 'no_'}{field.name}"] if isinstance(value, bool) else [
-            f"--{field.name}", *map(str, value if isinstance(value, tuple) else [value])]
-        assert field.name == "device" or before[field.name] != value
+    value = other(field, before[field.name])
+    argument = [f"--{'' if value else 'no_'}{field.name}"] if isinstance(value, bool) else [
+        f"--{field.name}", *map(str, value if isinstance(value, tuple) else [value])]
+    assert field.name == "device" or before[field.name] != value
     after = everything(parse(*argument, *needs))
     assert after[field.name] == value
     if field.name not in ("model", "recipe"):  # these two choose defaults of others
@@ -131,7 +126,7 @@ DO_NOT_CHANGE_THE_RESULT = {
 @pytest.mark.parametrize("field", [pytest.param(f, id=f.name) for f in fields(TrainConfig)])
 def test_run_name_has_what_changes_the_result(field):
     usual = RECIPES["default"]
-    if field.name in ("optimizer", "run_name"):
+    if field.name == "run_name":
         return
     value = "cuda" if field.name == "device" else other(field, getattr(usual, field.name))
     name = run_name(replace(usual, **{field.name: value}), "d12")
@@ -210,7 +205,8 @@ LEAST = {  # of whole numbers; the most is 2^53
 }
 RANGES = {  # of the others
     "learning_rate": (0, 10), "final_lr_fraction": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),
-    "weight_decay": (0, 10), "grad_clip": (0, 1e9), "hang_timeout_s": (1, 1e6),
+    "weight_decay": (0, 10), "grad_clip": (0, 1e9), "hang_timeout_s": (1, 1e6), "muon_learning_rate": (0, 10),
+    "decay_fraction": (0, 1),
 }
 for option, least in LEAST.items():
     REFUSED[f"{option} below"] = ([f"--{option}={least - 1}"], [f"{option}={least - 1} ", f" {least}"])
@@ -320,45 +316,6 @@ def test_help_names_every_option(capsys):
     assert call(train_gpt2.main, ["--help"]) == 0
     out = capsys.readouterr().out
     assert [f.values[0].name for f in FIELDS if f"--{f.values[0].name}" not in out] == []
-
-
-# -----------------------------------------------------------------------------
-# the schedule, by hand
-
-SCHEDULE = TrainConfig(learning_rate=2.0, warmup_steps=4, max_steps=12)
-HALF_OF_COS = {0: 1.0, 2: 0.5 + math.sqrt(0.125), 4: 0.5, 7: 0.0380602337}  # (1 + cos(pi n / 8)) / 2
-
-
-@pytest.mark.parametrize(("schedule", "final", "step", "expected"), [
-    ("cosine", 0.0, 0, 2.0 / 4),
-    ("cosine", 0.0, 2, 2.0 * 3 / 4),
-    ("cosine", 0.0, 3, 2.0),  # the last of the warm-up
-    ("cosine", 0.0, 4, 2.0 * HALF_OF_COS[0]),
-    ("cosine", 0.0, 6, 2.0 * HALF_OF_COS[2]),
-    ("cosine", 0.0, 8, 2.0 * HALF_OF_COS[4]),
-    ("cosine", 0.0, 11, 2.0 * HALF_OF_COS[7]),
-    ("cosine", 0.1, 0, 2.0 / 4),
-    ("cosine", 0.1, 8, 2.0 * 0.55),
-    ("cosine", 0.1, 11, 2.0 * (0.1 + 0.9 * HALF_OF_COS[7])),
-    ("cosine", 0.1, 12, 2.0 * 0.1),  # where the schedule ends: after the last step
-    ("linear", 0.0, 3, 2.0),
-    ("linear", 0.0, 4, 2.0),
-    ("linear", 0.0, 6, 2.0 * 6 / 8),
-    ("linear", 0.0, 11, 2.0 / 8),
-    ("linear", 0.5, 8, 2.0 * 0.75),
-    ("linear", 0.5, 11, 2.0 * (0.5 + 0.5 / 8)),
-    ("linear", 1.0, 11, 2.0),
-])
-def test_learning_rate(schedule, final, step, expected):
-    config = replace(SCHEDULE, schedule=schedule, final_lr_fraction=final)
-    assert learning_rate(config, step) == pytest.approx(expected, rel=1e-8)
-
-
-def test_learning_rate_without_warmup_and_with_nothing_else():
-    assert learning_rate(replace(SCHEDULE, warmup_steps=0), 0) == 2.0
-    assert learning_rate(replace(SCHEDULE, warmup_steps=0), 6) == pytest.approx(1.0)
-    only_warmup = [learning_rate(replace(SCHEDULE, warmup_steps=12), step) for step in range(12)]
-    assert only_warmup == pytest.approx([2.0 * (step + 1) / 12 for step in range(12)])
 
 
 def test_vocabulary_of_the_tests():

@@ -36,7 +36,7 @@ from data.shards import write_shard
 from data.tokenizer import gpt2
 from memory import MIB, memory_advice, training_need
 from model import GPT, GPTConfig
-from optim import make_optimizer, update
+from optim import make_optimizers, update
 
 runs = small.runs
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=VOCAB)
@@ -733,21 +733,22 @@ def test_not_finite(runs, capsys, change, grad_clip):
     assert_same_result(runs.path, runs.out_dir / "whole")
 
 
+@pytest.mark.parametrize("optimizer", small.OPTIMIZERS)
 @pytest.mark.parametrize("factor", [math.nan, math.inf])
-def test_not_finite_leaves_everything_as_it_was(factor):
+def test_not_finite_leaves_everything_as_it_was(factor, optimizer):
     """And so do the updates that follow before a host sees it."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(3, 2)
-    optimizer = make_optimizer(layer, TrainConfig())
+    model = torch.nn.ModuleDict({"transformer": torch.nn.ModuleDict({"h": torch.nn.ModuleList([layer])})})
+    optimizers = make_optimizers(model, TrainConfig(optimizer=optimizer))
 
     def step(factor):
         loss = layer(torch.ones(3)).square().sum() * factor
         loss.backward()
-        return update(layer, optimizer, loss.detach(), 1.0).tolist()
+        return update(model, optimizers, loss.detach(), 1.0).tolist()
 
     def everything():
-        state = [value for values in optimizer.state.values() for value in values.values()]
-        return [x.clone() for x in (*layer.parameters(), *state)]
+        return [x.clone() for part in checkpoint.named_tensors(model, optimizers) for x in part.values()]
 
     assert all(math.isfinite(value) for value in step(1.0))
     before = everything()

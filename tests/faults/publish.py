@@ -27,7 +27,7 @@ import machine
 from configs.recipes import TrainConfig
 from files import write_all, write_json, write_text
 from model import GPT, GPTConfig
-from optim import make_optimizer, update
+from optim import make_optimizers, update
 from rundir import git
 
 MARKS = "<!-- written by tests/faults/publish.py -->\n", "<!-- until here -->\n"
@@ -80,11 +80,11 @@ def table(rows: list[dict]) -> str:
 def time_of_a_save() -> dict:
     """Seconds for a checkpoint of d12 with its optimizer, and for the same bytes written plainly and synced."""
     model = GPT(GPTConfig())
-    optimizer = make_optimizer(model, TrainConfig())
+    optimizers = make_optimizers(model, TrainConfig())
     for weight in model.parameters():
         weight.grad = torch.full_like(weight, 1e-3)
-    update(model, optimizer, torch.ones(()), 1.0)
-    weights, moments = checkpoint.named_tensors(model, optimizer)
+    update(model, optimizers, torch.ones(()), 1.0)
+    weights, moments = checkpoint.named_tensors(model, optimizers)
     data = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (*weights.values(), *moments.values())]
     directory, times = Path(tempfile.mkdtemp(dir=".")), {"save": [], "copy": []}
 

@@ -1,0 +1,153 @@
+"""optim.py: Muon against torch's own, one weight one optimizer, several processes, and the schedule by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from configs.recipes import TrainConfig
+from configs.variants import variant
+from model import GPT
+from optim import Muon, make_optimizers, orthogonal, schedule, set_learning_rate, share
+
+SHAPES = [(8, 8), (8, 32), (32, 8), (8, 8), (24, 8), (32, 8)]  # two of some, in no order
+
+
+def weights_and_gradients(n_steps, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    make = lambda: [torch.randn(shape, generator=generator).to(device) for shape in SHAPES]  # noqa: E731
+    return make(), [make() for _ in range(n_steps)]
+
+
+def train(optimizer, weights, gradients):
+    for step in gradients:
+        for weight, gradient in zip(weights, step, strict=True):
+            weight.grad = gradient.clone()
+        optimizer.step()
+
+
+def assert_equal_to_torch(device, compiled):
+    """After several steps; bfloat16 has 8 bits, and an update is about as long as the learning rate."""
+    start, gradients = weights_and_gradients(4, device)
+    ours, theirs = ([weight.clone().requires_grad_() for weight in start] for _ in range(2))
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)
+    muon = Muon(ours, lr=0.1, weight_decay=0.2, compiled=compiled)
+    train(muon, ours, gradients)
+    train(reference, theirs, gradients)
+    for weight, expected, before in zip(ours, theirs, start, strict=True):
+        assert not torch.allclose(expected, before, atol=0.05)
+        torch.testing.assert_close(weight, expected, rtol=0, atol=0.1 * 4 * 2**-6)
+        torch.testing.assert_close(muon.state[weight]["momentum_buffer"], reference.state[expected]["momentum_buffer"])
+
+
+def test_muon_is_that_of_torch():
+    assert_equal_to_torch("cpu", compiled=False)
+
+
+@pytest.mark.gpu
+def test_gpu_muon_is_that_of_torch(fresh_compiler):
+    assert_equal_to_torch("cuda", compiled=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 16, 64), (2, 64, 16)])
+def test_orthogonal(shape):
+    """The singular vectors stay, the values become about 1: the five steps leave them between 0.7 and 1.2."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    x = u @ torch.diag_embed(s.clamp(min=0.1 * s.max())) @ vt
+    result = orthogonal(x)
+    assert result.shape == x.shape and result.dtype == x.dtype
+    values = u.mT @ result @ vt.mT
+    assert ((values.diagonal(dim1=1, dim2=2) > 0.65) & (values.diagonal(dim1=1, dim2=2) < 1.25)).all()
+    assert (values - torch.diag_embed(values.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_each_weight_has_one_optimizer(name):
+    """Muon has the matrices of the blocks alone; each group follows the schedule from its own peak."""
+    model = GPT(variant("tiny"))
+    config = TrainConfig(optimizer=name, learning_rate=0.5, muon_learning_rate=0.25, warmup_steps=4)
+    optimizers = make_optimizers(model, config)
+    of = {weight: type(one) for one in optimizers for group in one.param_groups for weight in group["params"]}
+    n = sum(len(group["params"]) for one in optimizers for group in one.param_groups)
+    assert n == len(of) and of.keys() == set(model.parameters())
+    for parameter, weight in model.named_parameters():
+        assert of[weight] == (Muon if name == "muon" and ".h." in parameter else torch.optim.AdamW)
+    assert set_learning_rate(optimizers, config, 1) == 0.25
+    peaks = {torch.optim.AdamW: 0.5, Muon: 0.25}
+    assert all(group["lr"] == peaks[type(one)] / 2 for one in optimizers for group in one.param_groups)
+
+
+def test_decay_is_for_matrices():
+    layer = torch.nn.Linear(3, 2)
+    groups = make_optimizers(layer, TrainConfig(weight_decay=0.3))[0].param_groups
+    assert {tuple(weight.shape): group["weight_decay"] for group in groups for weight in group["params"]} == {
+        (2, 3): 0.3, (2,): 0.0}
+
+
+def shared(rank, directory, n_processes):
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=n_processes)
+    x = torch.load(f"{directory}/x.pt")
+    torch.save((share(orthogonal, x), share(orthogonal, x[:1])), f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_share_the_work(tmp_path, one_thread):
+    """The same bits in each: four matrices among three processes, of which one has none, and a single one."""
+    x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    torch.save(x, tmp_path / "x.pt")
+    torch.multiprocessing.spawn(shared, (str(tmp_path), 3), nprocs=3)
+    for rank in range(3):
+        four, one = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(four, orthogonal(x)) and torch.equal(one, orthogonal(x[:1]))
+
+
+# -----------------------------------------------------------------------------
+# the schedule, by hand
+
+SCHEDULE = TrainConfig(warmup_steps=4, max_steps=12)
+HALF_OF_COS = {0: 1.0, 2: 0.5 + math.sqrt(0.125), 4: 0.5, 7: 0.0380602337}  # (1 + cos(pi n / 8)) / 2
+
+
+@pytest.mark.parametrize(("form", "final", "step", "expected"), [
+    ("cosine", 0.0, 0, 1 / 4),
+    ("cosine", 0.0, 2, 3 / 4),
+    ("cosine", 0.0, 3, 1.0),  # the last of the warm-up
+    ("cosine", 0.0, 4, HALF_OF_COS[0]),
+    ("cosine", 0.0, 6, HALF_OF_COS[2]),
+    ("cosine", 0.0, 8, HALF_OF_COS[4]),
+    ("cosine", 0.0, 11, HALF_OF_COS[7]),
+    ("cosine", 0.1, 0, 1 / 4),
+    ("cosine", 0.1, 8, 0.55),
+    ("cosine", 0.1, 11, (0.1 + 0.9 * HALF_OF_COS[7])),
+    ("cosine", 0.1, 12, 0.1),  # where the schedule ends: after the last step
+    ("linear", 0.0, 3, 1.0),
+    ("linear", 0.0, 4, 1.0),
+    ("linear", 0.0, 6, 6 / 8),
+    ("linear", 0.0, 11, 1 / 8),
+    ("linear", 0.5, 8, 0.75),
+    ("linear", 0.5, 11, (0.5 + 0.5 / 8)),
+    ("linear", 1.0, 11, 1.0),
+])
+def test_schedule(form, final, step, expected):
+    config = replace(SCHEDULE, schedule=form, final_lr_fraction=final)
+    assert schedule(config, step) == pytest.approx(expected, rel=1e-8)
+
+
+def test_schedule_without_warmup_and_with_nothing_else():
+    assert schedule(replace(SCHEDULE, warmup_steps=0), 0) == 1.0
+    assert schedule(replace(SCHEDULE, warmup_steps=0), 6) == pytest.approx(0.5)
+    only_warmup = [schedule(replace(SCHEDULE, warmup_steps=12), step) for step in range(12)]
+    assert only_warmup == pytest.approx([(step + 1) / 12 for step in range(12)])
+
+
+@pytest.mark.parametrize(("fraction", "step", "expected"), [
+    (0.5, 0, 1 / 4), (0.5, 4, 1.0), (0.5, 6, 1.0), (0.5, 7, 5 / 6), (0.5, 11, 1 / 6), (0.5, 12, 0.0),
+    (0.9, 4, 1.0), (0.9, 5, 7 / 8),  # begins with the end of the warm-up
+    (0.0, 11, 1.0), (0.01, 11, 1.0),  # less than one step
+])
+def test_warm_up_stable_decay(fraction, step, expected):
+    assert schedule(replace(SCHEDULE, schedule="linear", decay_fraction=fraction), step) == pytest.approx(expected)
