@@ -154,14 +154,14 @@ def _(d_y, weight, before):
 # the loss
 
 
-def cross_entropy(x, weight, targets):
+def cross_entropy(x, weight, targets, cap=None):
     """model.cross_entropy. The logits and their gradient are bfloat16; sums and d_weight are float32."""
-    return linear_cross_entropy(x.to(DTYPE), weight, targets)[0]
+    return linear_cross_entropy(x.to(DTYPE), weight, targets, cap)[0]
 
 
 @torch.library.custom_op("gpt2_variants::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss, its gradient by x, its gradient by weight). An operator of its own: torch.compile takes it as it is."""
     x, weight = operand(x), operand(weight)
@@ -173,14 +173,14 @@ def linear_cross_entropy(
         rows = slice(start, start + CHUNK_TOKENS)
         logits = memory[: len(x[rows])]
         matmul("NT", x[rows], weight, logits)
-        cross_entropy_(logits, targets[rows], losses[rows], n_targets)
+        cross_entropy_(logits, targets[rows], losses[rows], n_targets, cap)
         matmul("NN", logits, weight, d_x[rows])
         matmul("TN", logits, x[rows], d_weight, accumulate=True)
     return losses.sum() / n_targets, d_x, d_weight
 
 
 @linear_cross_entropy.register_fake
-def _(x, weight, targets):
+def _(x, weight, targets, cap):
     return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
 
 
@@ -190,16 +190,16 @@ def keep_gradients(ctx, inputs, output):
 
 def scale_gradients(ctx, d_loss, *_):
     d_x, d_weight = ctx.saved_tensors
-    return d_x * d_loss, d_weight * d_loss, None
+    return d_x * d_loss, d_weight * d_loss, None, None
 
 
 linear_cross_entropy.register_autograd(scale_gradients, setup_context=keep_gradients)
 
 
-def cross_entropy_(logits, targets, losses, n_targets):
+def cross_entropy_(logits, targets, losses, n_targets, cap=None):
     """Writes each row's loss, and in place of the logits (n, V) the gradient of the mean over n_targets targets."""
-    cross_entropy_kernel()[(len(logits),)](logits, targets, losses, n_targets, logits.size(1), IGNORED, BLOCK=8192,
-                                           num_warps=16)
+    cross_entropy_kernel()[(len(logits),)](logits, targets, losses, n_targets, logits.size(1), IGNORED, CAP=cap or 0.0,
+                                           BLOCK=8192, num_warps=16)
 
 
 @functools.cache
@@ -209,24 +209,32 @@ def cross_entropy_kernel():
     import triton.language as tl
 
     @triton.jit
-    def cross_entropy(logits, targets, losses, n_targets, V: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+    def cross_entropy(logits, targets, losses, n_targets, V: tl.constexpr, IGNORED: tl.constexpr, CAP: tl.constexpr,
+                      BLOCK: tl.constexpr):
         row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
         logits += row * V
         target = tl.load(targets + row)
         largest, total = float("-inf"), 0.0
         for start in range(0, V, BLOCK):
             z = tl.load(logits + start + column, mask=start + column < V, other=float("-inf")).to(tl.float32)
+            if CAP > 0:  # tanh(a) = 2 sigmoid(2 a) - 1
+                z = tl.where(start + column < V, CAP * (2 * tl.sigmoid(2 * z / CAP) - 1), float("-inf"))
             before, largest = largest, tl.maximum(largest, tl.max(z))
             total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest))
         logsumexp = largest + tl.log(total)
         counts = target != IGNORED
         z_target = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+        if CAP > 0:
+            z_target = CAP * (2 * tl.sigmoid(2 * z_target / CAP) - 1)
         tl.store(losses + row, tl.where(counts, logsumexp - z_target, 0.0))
         scale = tl.where(counts, 1 / tl.load(n_targets).to(tl.float32), 0.0)
         for start in range(0, V, BLOCK):
             inside = start + column < V
-            z = tl.load(logits + start + column, mask=inside, other=float("-inf")).to(tl.float32)
-            gradient = scale * (tl.exp(z - logsumexp) - tl.where(start + column == target, 1.0, 0.0))
+            z, slope = tl.load(logits + start + column, mask=inside, other=float("-inf")).to(tl.float32), scale
+            if CAP > 0:
+                tanh = 2 * tl.sigmoid(2 * z / CAP) - 1
+                z, slope = CAP * tanh, scale * (1 - tanh * tanh)
+            gradient = slope * (tl.exp(z - logsumexp) - tl.where(start + column == target, 1.0, 0.0))
             tl.store(logits + start + column, gradient.to(logits.dtype.element_ty), mask=inside)
 
     return cross_entropy

@@ -185,7 +185,7 @@ def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
 
 
 def num_params(config: GPTConfig) -> int:
-    return config.vocab_size * config.n_embd + 12 * config.n_embd**2 * config.n_layer
+    return (1 + config.untie) * config.vocab_size * config.n_embd + 12 * config.n_embd**2 * config.n_layer
 
 
 # -----------------------------------------------------------------------------
@@ -236,6 +236,6 @@ def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, s
             options.append(f"--batch_size {smaller} is predicted to save {saved_mib:,.0f} MiB")
             break
     saved_mib = needed_mib - training_mib(replace(config, recompute_gelu=True), gpt_config, batch_size, shares)
-    if config.kernels != "plain" and saved_mib >= 1:
+    if config.kernels != "plain" and gpt_config.mlp_activation == "gelu" and saved_mib >= 1:
         options.append(f"--recompute_gelu {'' if options else 'is predicted to save '}{saved_mib:,.0f} MiB")
     return ", ".join(options) or "no option saves anything, a smaller --model or a shorter --sequence_length does"

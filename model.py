@@ -15,6 +15,7 @@ import functools
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -50,6 +51,12 @@ class GPTConfig:
     """W: a query sees W keys, its own included (q_idx - kv_idx < W); None is full causal attention"""
     window_pattern: str = "S"
     """layers in turn, S with window and L with full attention, repeated over the depth; needs window_size"""
+    mlp_activation: Literal["gelu", "relu2"] = "gelu"
+    """GELU in its tanh form (arXiv 1606.08415), or max(x, 0)^2 (arXiv 2109.08668)"""
+    untie: bool = False
+    """a head of its own instead of the embedding's weight"""
+    logit_softcap: float | None = None
+    """cap: logits become cap tanh(logits / cap) (arXiv 2408.00118); None leaves them"""
 
     def __post_init__(self):
         for name, exponent in {"n_layer": 10, "n_head": 24, "n_embd": 24, "vocab_size": 24}.items():  # a layer costs ms
@@ -70,6 +77,9 @@ class GPTConfig:
                 raise ValueError(f"window_pattern={self.window_pattern!r} must consist of S and L, with at least one S")
             if len(self.window_pattern) > self.n_layer:
                 raise ValueError(f"window_pattern={self.window_pattern!r} is longer than n_layer={self.n_layer}")
+
+        if self.logit_softcap is not None and not 0 < self.logit_softcap <= 1e4:
+            raise ValueError(f"logit_softcap={self.logit_softcap} must lie above 0, up to 10000")
 
     @property
     def head_dim(self) -> int:
@@ -147,9 +157,13 @@ def mlp(x, fc, proj):
     return F.linear(F.gelu(F.linear(x, fc), approximate="tanh"), proj)
 
 
-def cross_entropy(x, weight, targets):
+def softcap(logits, cap: float | None):
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def cross_entropy(x, weight, targets, cap: float | None = None):
     """Mean over the targets that are not -1, float32. x: (N, C), weight: (V, C), targets: (N,) int64."""
-    return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=fused.IGNORED)
+    return F.cross_entropy(softcap(F.linear(x, weight).float(), cap), targets, ignore_index=fused.IGNORED)
 
 
 # to read and to edit; on CUDA in bfloat16 fused.parts takes their place, unless `kernels` is plain
@@ -198,16 +212,19 @@ class SlidingWindowAttention(CausalSelfAttention):
 
 
 class MLP(nn.Module):
-    """`mlp` with its weights; x and the result: (B, T, C)."""
+    """C to 4 C, activation, and back; x and the result: (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.parts = PLAIN  # execution only, see GPT.forward
+        self.activation = config.mlp_activation
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.parts.mlp(x, self.c_fc.weight, self.c_proj.weight)
+        if self.activation == "gelu":
+            return self.parts.mlp(x, self.c_fc.weight, self.c_proj.weight)
+        return self.parts.linear(F.relu(self.parts.linear(x, self.c_fc.weight)).square(), self.c_proj.weight)
 
 
 def attention_class(config: GPTConfig, layer: int):
@@ -257,7 +274,8 @@ class GPT(nn.Module):
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
         })
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        if not config.untie:
+            self.lm_head.weight = self.transformer.wte.weight
         self.init_weights(seed)
 
     def init_weights(self, seed: int):
@@ -272,17 +290,18 @@ class GPT(nn.Module):
         return [block.attn for block in self.transformer.h if isinstance(block.attn, SlidingWindowAttention)]
 
     def num_params(self) -> int:
-        """Parameters, the tied embedding and head counted once."""
+        """Parameters, embedding and head counted once where they are tied."""
         return sum(weight.numel() for weight in self.parameters())
 
     def flops_per_token(self, T: int) -> int:
         """
         Floating-point operations of forward and backward per token at sequence length T: 6 N for the products with
-        weights plus, per layer, 12 H D min(W, T) for attention. Full attention counts the whole square, as nanoGPT
-        does (PaLM, arXiv 2204.02311, appendix B).
+        N weights (all, but for an embedding that is not the head too) plus, per layer, 12 H D min(W, T) for attention.
+        Full attention counts the whole square, as nanoGPT does (PaLM, arXiv 2204.02311, appendix B).
         """
+        n_weights = self.num_params() - self.config.untie * self.transformer.wte.weight.numel()
         windows = [self.config.layer_window(layer) or T for layer in range(self.config.n_layer)]
-        return 6 * self.num_params() + sum(12 * self.config.n_embd * min(window, T) for window in windows)
+        return 6 * n_weights + sum(12 * self.config.n_embd * min(window, T) for window in windows)
 
     def compile(self, **options):
         """torch.compile of all that depends on idx; tables and block masks are made once, outside the graph."""
@@ -299,8 +318,8 @@ class GPT(nn.Module):
         one that has no use or is torch's choice. ValueError, in one line, where none serves.
         """
         kernels = fused.choose_kernels(self.kernels, device, dtype)
-        if self.recompute_gelu and kernels != "fused":
-            raise ValueError("recompute_gelu needs kernels=fused, which serve CUDA in bfloat16")
+        if self.recompute_gelu and (kernels != "fused" or self.config.mlp_activation != "gelu"):
+            raise ValueError("recompute_gelu needs mlp_activation=gelu and kernels=fused (CUDA, bfloat16)")
         n_windowed, head_dim = len(self.windowed_attentions()), self.config.head_dim
         backend = choose_window_backend(self.window_backend, head_dim, device, dtype) if n_windowed else None
         if backend != "blocked" and n_windowed == self.config.n_layer:
@@ -331,7 +350,7 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx).to(self.compute_dtype(idx.device))  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cos, sin, caches and caches[layer])
-        x = norm(x)
+        x, cap = norm(x), self.config.logit_softcap
         if targets is None:
-            return self.lm_head(x), None  # (B, T, V)
-        return None, self.parts.cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+            return softcap(self.lm_head(x), cap), None  # (B, T, V)
+        return None, self.parts.cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cap)

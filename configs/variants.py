@@ -28,7 +28,14 @@ def model_name(config: GPTConfig) -> str:
         name += f"_window{config.window_size}"
     if config.window_pattern != "S":
         name += f"_{config.window_pattern}"
-    in_name = {"n_layer", "n_head", "n_embd", "pre_norm", "post_norm", "qk_norm", "window_size", "window_pattern"}
+    if config.mlp_activation != "gelu":
+        name += f"_{config.mlp_activation}"
+    if config.untie:
+        name += "_untied"
+    if config.logit_softcap is not None:
+        name += f"_softcap{config.logit_softcap:g}"
+    in_name = {"n_layer", "n_head", "n_embd", "pre_norm", "post_norm", "qk_norm", "window_size", "window_pattern",
+               "mlp_activation", "untie", "logit_softcap"}
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in in_name and value != field.default:
@@ -50,6 +57,10 @@ def variants() -> dict[str, GPTConfig]:
         replace(hybrid, window_size=256),
         replace(hybrid, window_size=1024),
         replace(hybrid, window_size=256, window_pattern="SSSL"),
+        replace(d12, mlp_activation="relu2"),
+        replace(d12, untie=True),
+        replace(d12, logit_softcap=15.0),
+        replace(d12, qk_norm=True, mlp_activation="relu2", untie=True, logit_softcap=15.0),
         size("tiny"),
         replace(size("tiny"), post_norm=True, qk_norm=True, window_size=32),
     ]

@@ -11,7 +11,8 @@ import torch
 
 # The fields of GPTConfig that the equations below know; a variant that sets another one has no reference here.
 KNOWN_FIELDS = {"n_layer", "n_head", "n_embd", "vocab_size",
-                "pre_norm", "post_norm", "qk_norm", "window_size", "window_pattern"}
+                "pre_norm", "post_norm", "qk_norm", "window_size", "window_pattern",
+                "mlp_activation", "untie", "logit_softcap"}
 
 
 def rms_norm(x):
@@ -47,11 +48,12 @@ def attention(q, k, v, window):
 
 
 def reference_logits(config, weights, idx):
-    """Logits (B, T, V) of float64 weights named as in the state dict; the head is the embedding."""
+    """Logits (B, T, V) of float64 weights named as in the state dict; without untie the head is the embedding."""
     C, H = config.n_embd, config.n_head
     D = C // H
     pre = rms_norm if config.pre_norm else (lambda x: x)
     post = rms_norm if config.post_norm else (lambda x: x)
+    activation = {"gelu": gelu, "relu2": lambda x: (x > 0) * x * x}[config.mlp_activation]
     head_norm = rms_norm if config.qk_norm else (lambda x: x)
     x = weights["transformer.wte.weight"][idx]
     for i in range(config.n_layer):
@@ -64,8 +66,10 @@ def reference_logits(config, weights, idx):
             q, k = rotary(head_norm(q)), rotary(head_norm(k))
             heads.append(attention(q, k, v, config.window_size if windowed else None))
         x = x + post(torch.cat(heads, dim=-1) @ weights[at + "attn.c_proj.weight"].T)
-        x = x + post(gelu(pre(x) @ weights[at + "mlp.c_fc.weight"].T) @ weights[at + "mlp.c_proj.weight"].T)
-    return rms_norm(x) @ weights["transformer.wte.weight"].T
+        x = x + post(activation(pre(x) @ weights[at + "mlp.c_fc.weight"].T) @ weights[at + "mlp.c_proj.weight"].T)
+    logits = rms_norm(x) @ weights["lm_head.weight" if config.untie else "transformer.wte.weight"].T
+    cap = config.logit_softcap
+    return logits if cap is None else cap * (1 - 2 / (1 + (2 * logits / cap).exp()))
 
 
 def reference_loss_and_gradients(config, state_dict, idx, targets):
@@ -73,9 +77,10 @@ def reference_loss_and_gradients(config, state_dict, idx, targets):
     (loss, {name: gradient}, logits (B, T, V)), all float64 on the CPU. idx, targets: (B, T) int64; -1 has no loss.
     The tied weight is differentiated once, under `transformer.wte.weight`.
     """
-    assert torch.equal(state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]), "the head is tied"
+    tied = torch.equal(state_dict["lm_head.weight"], state_dict["transformer.wte.weight"])
+    assert tied != config.untie
     weights = {name: weight.detach().cpu().double().requires_grad_()
-               for name, weight in state_dict.items() if name != "lm_head.weight"}
+               for name, weight in state_dict.items() if name != "lm_head.weight" or config.untie}
     logits = reference_logits(config, weights, idx.cpu())
     shifted = logits - logits.amax(-1, keepdim=True)
     log_probability = shifted - shifted.exp().sum(-1, keepdim=True).log()

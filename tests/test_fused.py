@@ -23,6 +23,9 @@ from model import GPT, GPTConfig, apply_rotary, norm, rotary_tables
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+CAPS = [None, 3.0]  # a softcap of the order of the logits
+
+
 def inputs(dtype, device="cpu", N=20, C=32, V=5000):
     """x, weight (float32, as parameters are) and targets, of which two do not count."""
     generator = torch.Generator().manual_seed(0)
@@ -34,20 +37,21 @@ def inputs(dtype, device="cpu", N=20, C=32, V=5000):
     return x.to(device, dtype).requires_grad_(), weight.to(device).requires_grad_(), targets.to(device)
 
 
-def reference(x, weight, targets):
+def reference(x, weight, targets, cap):
     """Loss and gradients of 3 times the loss, in float64, of the values that the form computes with."""
     x, weight = (value.detach().to(x.dtype).cpu().double().requires_grad_() for value in (x, weight))
     targets = targets.cpu()
-    nats = -(x @ weight.T).log_softmax(1)[range(len(targets)), targets][targets >= 0].mean()
+    logits = x @ weight.T if cap is None else cap * torch.tanh(x @ weight.T / cap)
+    nats = -logits.log_softmax(1)[range(len(targets)), targets][targets >= 0].mean()
     return nats.item(), torch.autograd.grad(3 * nats, (x, weight))
 
 
-def errors(form, x, weight, targets):
+def errors(form, x, weight, targets, cap):
     """Relative, of the loss and of both gradients."""
-    expected, gradients = reference(x, weight, targets)
+    expected, gradients = reference(x, weight, targets, cap)
     autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16)
     with autocast:
-        nats = form(x, weight, targets)
+        nats = form(x, weight, targets, cap)
     assert nats.dtype == torch.float32 and nats.shape == ()
     found = torch.autograd.grad(3 * nats, (x, weight))
     assert [value.dtype for value in found] == [x.dtype, torch.float32]
@@ -55,20 +59,21 @@ def errors(form, x, weight, targets):
         ((a.cpu().double() - b).norm() / b.norm()).item() for a, b in zip(found, gradients, strict=True)]
 
 
-def compare(x, weight, targets):
+def compare(x, weight, targets, cap=None):
     """Fused errs at most twice as much as plain."""
-    of_plain, of_fused = (errors(form.cross_entropy, x, weight, targets) for form in (model.PLAIN, fused))
+    of_plain, of_fused = (errors(form.cross_entropy, x, weight, targets, cap) for form in (model.PLAIN, fused))
     assert max(of_plain) < (1e-6 if x.dtype == torch.float32 else 0.02)
     assert all(b <= 2 * a + 1e-6 for a, b in zip(of_plain, of_fused, strict=True)), (of_plain, of_fused)
 
 
-def cross_entropy_in_torch(logits, targets, losses, n_targets):
+def cross_entropy_in_torch(logits, targets, losses, n_targets, cap):
     """What the kernel does."""
     counts = targets >= 0
-    log_p = logits.float().log_softmax(1)
+    slope = 1 if cap is None else 1 - torch.tanh(logits.float() / cap).square()
+    log_p = model.softcap(logits.float(), cap).log_softmax(1)
     losses.copy_(torch.where(counts, -log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0], 0))
     one_hot = F.one_hot(targets.clamp(min=0), logits.size(1))
-    logits.copy_((log_p.exp() - one_hot) * counts[:, None] / n_targets)
+    logits.copy_(slope * (log_p.exp() - one_hot) * counts[:, None] / n_targets)
 
 
 def matmul_in_torch(layout, left, right, out, epilogue=None, aux=None, accumulate=False):
@@ -99,11 +104,12 @@ def in_torch(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [7, 10, 20, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_in_chunks(in_torch, monkeypatch, chunk, dtype):
+@pytest.mark.parametrize("cap", CAPS)
+def test_fused_in_chunks(in_torch, monkeypatch, chunk, dtype, cap):
     """The chunks, the products and autograd."""
     monkeypatch.setattr(fused, "DTYPE", dtype)
     monkeypatch.setattr(fused, "CHUNK_TOKENS", chunk)
-    compare(*inputs(dtype))
+    compare(*inputs(dtype), cap)
 
 
 SHAPES = [((2, 5, 3, 16), True), ((2, 5, 3, 16), False), ((1, 33, 4, 32), True), ((2, 33, 5, 36), True),
@@ -193,9 +199,9 @@ def test_fused_in_the_model(in_torch, monkeypatch, name, compiled, recompute_gel
         torch.testing.assert_close(of_fused, of_plain, rtol=1e-4, atol=1e-6)
 
 
-def compare_models(device, recompute_gelu, compiled):
+def compare_models(device, recompute_gelu, compiled, **flags):
     """In bfloat16, loss and gradients of fused are as near to those in float64 as plain's, to a quarter."""
-    config = GPTConfig(n_layer=3, n_head=2, n_embd=128, vocab_size=512, qk_norm=True, post_norm=True)
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=128, vocab_size=512, qk_norm=True, post_norm=True, **flags)
     idx, targets = torch.randint(512, (2, 4, 150), generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "choose_kernels", lambda *_: "plain")
@@ -232,6 +238,20 @@ def test_gpu_fused_is_as_exact_as_plain(recompute_gelu, compiled, fresh_compiler
     compare_models("cuda", recompute_gelu, compiled)
 
 
+STRONG = {"mlp_activation": "relu2", "untie": True, "logit_softcap": 3.0}
+
+
+def test_fused_is_as_exact_as_plain_with_other_flags(in_torch, fresh_compiler):
+    compare_models("cpu", False, compiled=False, **STRONG)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_fused_is_as_exact_as_plain_with_other_flags(compiled, fresh_compiler):
+    """Needs a CUDA GPU: all kernels together."""
+    compare_models("cuda", False, compiled, **STRONG)
+
+
 def test_what_is_not_bfloat16_is_cast(in_torch):
     """As autocast does: an edit that makes the stream float32, weights in another order, gradients with strides."""
     generator = torch.Generator().manual_seed(0)
@@ -261,11 +281,14 @@ def test_a_cache_takes_plain_parts_whatever_ran_before(in_torch, monkeypatch):
     assert in_torch == {}
 
 
-@pytest.mark.parametrize("flags", [{}, {"qk_norm": True}, {"post_norm": True}, {"post_norm": True, "pre_norm": False}])
+@pytest.mark.parametrize("flags", [{}, {"qk_norm": True}, {"post_norm": True}, {"post_norm": True, "pre_norm": False},
+                                   {"mlp_activation": "relu2"}])
 @pytest.mark.parametrize(("form", "recompute"), [("plain", False), ("fused", False), ("fused", True)])
 def test_what_a_layer_keeps(in_torch, monkeypatch, form, flags, recompute, fresh_compiler):
     """As memory.py says; torch divides the graph as for a GPU, and runs it as it is."""
     monkeypatch.setattr(fused, "choose_kernels", lambda *_: form)
+    if recompute and "mlp_activation" in flags:
+        pytest.skip("only GELU can be computed again")
     config, kept = replace(GPTConfig(n_head=2, n_embd=128, vocab_size=64), **flags), []
     for n_layer in 1, 3:
         gpt, tensors = GPT(replace(config, n_layer=n_layer), recompute_gelu=recompute), {}
@@ -292,7 +315,8 @@ def test_kernel_in_the_interpreter():
     code = ("import torch, fused; from tests.test_fused import *\n"
             "fused.CHUNK_TOKENS, fused.matmul = 7, matmul_in_torch\n"
             "for dtype in torch.float32, torch.bfloat16:\n"
-            "    fused.DTYPE = dtype; compare(*inputs(dtype))\n"
+            "    fused.DTYPE = dtype\n"
+            "    for cap in CAPS: compare(*inputs(dtype), cap)\n"
             "    x, weight, targets = inputs(dtype); targets[4] = len(weight)\n"
             "    assert fused.cross_entropy(x, weight.to(dtype), targets).isnan(), 'not an id'\n"
             "    for shape in SHAPES: compare_rotate(dtype, 'cpu', *shape)")
@@ -356,9 +380,10 @@ def test_gpu_products(layout, epilogue, dtype, accumulate, M, N, K):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("N", [1000, 8192, 20_000])
-def test_gpu_fused(N):
+@pytest.mark.parametrize("cap", CAPS)
+def test_gpu_fused(N, cap):
     """Needs a CUDA GPU: the kernel, at the size of GPT-2's vocabulary."""
-    compare(*inputs(torch.bfloat16, "cuda", N, 768, 50304))
+    compare(*inputs(torch.bfloat16, "cuda", N, 768, 50304), cap)
 
 
 @pytest.mark.gpu

@@ -167,7 +167,7 @@ def test_a_token_changes_no_logits_before_it(config):
 
 def test_no_two_flag_sets_have_the_same_loss():
     idx, targets = tokens(2, sequence_length())
-    weights = make(next(iter(FLAGS)), scale=8).state_dict()
+    weights = make(next(config for config in FLAGS if config.untie), scale=8).state_dict()  # a tied head is loaded last
     losses = {}
     for config, name in FLAGS.items():
         gpt = GPT(config)
@@ -236,7 +236,7 @@ def test_state_dict_names_and_tied_weight(config):
     expected = ["transformer.wte.weight", "lm_head.weight"]
     expected += [f"transformer.h.{i}.{layer}" for i in range(config.n_layer) for layer in layers]
     assert sorted(gpt.state_dict()) == sorted(expected)
-    assert gpt.lm_head.weight is gpt.transformer.wte.weight
+    assert (gpt.lm_head.weight is gpt.transformer.wte.weight) != config.untie
     assert gpt.transformer.h[0].attn.c_attn.weight.shape == (3 * 64, 64)
 
 
@@ -307,7 +307,9 @@ def test_parameter_counts(name, parameters):
     for config in VARIANTS.values():
         if (config.n_layer, config.n_embd) == (VARIANTS[name].n_layer, VARIANTS[name].n_embd):
             with torch.device("meta"):
-                assert GPT(config).num_params() == parameters
+                head = config.untie * config.vocab_size * config.n_embd
+                assert GPT(config).num_params() == parameters + head
+                assert GPT(config).flops_per_token(8) == GPT(VARIANTS[name]).flops_per_token(8)  # 8 <= window
 
 
 @pytest.mark.parametrize(("name", "T", "attention_flops"), [
@@ -416,6 +418,7 @@ def test_variant_names():
         "d12_olmo2_norm_qk_norm",
         "d12_window256", "d12_post_norm_qk_norm_window256", "d12_post_norm_qk_norm_window1024",
         "d12_post_norm_qk_norm_window256_SSSL",
+        "d12_relu2", "d12_untied", "d12_softcap15", "d12_qk_norm_relu2_untied_softcap15",
         "tiny", "tiny_post_norm_qk_norm_window32",
     }
     assert len(set(VARIANTS.values())) == len(VARIANTS)
@@ -431,6 +434,8 @@ def test_variant_configs():
     hybrid = GPTConfig(post_norm=True, qk_norm=True)
     assert VARIANTS["d12_post_norm_qk_norm_window1024"] == replace(hybrid, window_size=1024)
     assert VARIANTS["d12_post_norm_qk_norm_window256_SSSL"] == replace(hybrid, window_size=256, window_pattern="SSSL")
+    strong = GPTConfig(qk_norm=True, mlp_activation="relu2", untie=True, logit_softcap=15.0)
+    assert VARIANTS["d12_qk_norm_relu2_untied_softcap15"] == strong
     tiny = GPTConfig(n_layer=2, n_head=2, n_embd=64)
     assert VARIANTS["tiny"] == tiny
     assert VARIANTS["tiny_post_norm_qk_norm_window32"] == replace(tiny, post_norm=True, qk_norm=True, window_size=32)

@@ -35,7 +35,7 @@ OTHER = {  # a value that is not the default, where a rule below does not find o
     "model": "tiny", "recipe": "short700", "data": "fineweb10B", "out_dir": "elsewhere", "run_name": "mine",
     "batch_size": 1, "sequence_length": 512, "total_batch_tokens": 4096, "stop_after": 3, "init_from": "other",
     "device": "cpu", "window_backend": "blocked", "kernels": "plain", "n_head": 6, "n_embd": 384,
-    "window_size": 100, "window_pattern": "SL", "allow_change": ("seed", "data"),
+    "window_size": 100, "window_pattern": "SL", "logit_softcap": 30.0, "allow_change": ("seed", "data"),
 }
 NEEDS = {"pre_norm": ["--post_norm"], "window_pattern": ["--window_size", "64"]}
 
@@ -286,7 +286,7 @@ def test_list(tmp_path, monkeypatch, capsys):
     listed = dict(re.findall(r"^(\S+) +([\d,]+) parameters$", capsys.readouterr().out, flags=re.MULTILINE))
     assert list(listed) == list(VARIANTS)
     for name, config in VARIANTS.items():  # in a block: 3 for q, k and v, 1 for the output, 4 + 4 for the MLP
-        n_params = 12 * config.n_layer * config.n_embd**2 + config.vocab_size * config.n_embd
+        n_params = 12 * config.n_layer * config.n_embd**2 + (1 + config.untie) * config.vocab_size * config.n_embd
         assert listed[name] == f"{n_params:,}"
     assert listed["d12"] == "123,568,128"
     assert tree(tmp_path).keys() == {str(tmp_path)}
