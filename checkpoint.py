@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 import machine
 from files import fsync, sha256, write_hashed
-from finite import first_not_finite
 from model import GPT, GPTConfig
-from rundir import BadOption, CannotWrite, NotFinite, NoValidCheckpoint, RunDir, cannot_write, writing
+from optim import STATE
+from rundir import BadOption, CannotWrite, NoValidCheckpoint, RunDir, cannot_write, writing
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
@@ -85,8 +85,6 @@ class Saver:
         self.wait()
         self.step, self.last, tensors = step, last, named_tensors(model, optimizers)
         self.n_bytes = sum(tensor.nbytes for part in tensors for tensor in part.values())
-        if name := first_not_finite(tensors[0] | tensors[1]):
-            raise NotFinite(f"step {step}: {name} is not finite after it, and is not saved")
         try:
             self.run.sync()  # a checkpoint must not be ahead of metrics.jsonl
             if self.thread:
@@ -161,10 +159,9 @@ def tidy(run_directory: Path, step: int):
     neither count nor stand in the way, and removes what a killed process was writing. Raises CannotWrite.
     """
     with writing(run_directory):
-        for unfinished in (*run_directory.glob(".saving-*"), *run_directory.glob(".removing-*")):
-            shutil.rmtree(unfinished)
-        for unfinished in run_directory.glob(".*.tmp"):
-            unfinished.unlink()
+        for pattern in ".saving-*", ".removing-*", ".*.tmp":
+            for unfinished in run_directory.glob(pattern):
+                shutil.rmtree(unfinished) if unfinished.is_dir() else unfinished.unlink()
         for checkpoint in list_checkpoints(run_directory):
             if step_of(checkpoint) > step:
                 invalid = run_directory / f"invalid-{checkpoint.name}"
@@ -222,6 +219,9 @@ def newest_valid(run_directory: Path, say=print) -> Path | None:
             return checkpoint
         faults.append(f"{checkpoint.name}: {fault}")
         say(f"skipping {checkpoint}: {fault}")
+    for path in sorted((*run_directory.glob("step-*"), *run_directory.glob("invalid-step-*"))):
+        if re.fullmatch(r"(invalid-)?step-\d{8,}", path.name) and not any(path.name in fault for fault in faults):
+            faults.append(f"{path.name}: " + ("set aside before" if path.name[0] == "i" else "is no directory"))
     if faults:
         raise NoValidCheckpoint(f"no valid checkpoint in {run_directory} ({'; '.join(faults)})")
     return None
@@ -241,17 +241,27 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def check_shapes(checkpoint: Path, model: torch.nn.Module):
+def weights_sha256(checkpoint: Path) -> str:
+    return json.loads((checkpoint / "manifest.json").read_text())["model.safetensors"]["sha256"]
+
+
+def layout(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of each tensor in a safetensors file, by name."""
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+        return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+
+
+def check_weights(checkpoint: Path, model: torch.nn.Module):
     """Raises BadOption unless the checkpoint holds the parameters of this model."""
-    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
-        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
-    if saved != {name: tuple(weight.shape) for name, weight in model.named_parameters()}:
+    expected = {name: (DTYPES[weight.dtype], list(weight.shape)) for name, weight in model.named_parameters()}
+    if layout(checkpoint / "model.safetensors") != expected:
         raise BadOption(f"{checkpoint} holds the weights of another model")
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module):
     """Into the model, on whatever device it is. Raises BadOption if it is another model."""
-    check_shapes(checkpoint, model)
+    check_weights(checkpoint, model)
     tensors = load_file(checkpoint / "model.safetensors")
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -259,14 +269,18 @@ def load_weights(checkpoint: Path, model: torch.nn.Module):
 
 
 def load_optimizers(checkpoint: Path, model: torch.nn.Module, optimizers: list):
-    """The state of each parameter, to the parameter's device; as saved, bit for bit."""
-    weights = dict(model.named_parameters())
-    states = {weight: optimizer.state for optimizer in optimizers for group in optimizer.param_groups
-              for weight in group["params"]}
-    for key, value in load_file(checkpoint / "optim.safetensors").items():
-        name, state_key = key.rsplit("/", 1)
-        weight = weights[name]
-        states[weight][weight][state_key] = value.to(weight.device)
+    """As saved, bit for bit, each to its weight's device. Raises BadOption if it is the state of others."""
+    names = {weight: name for name, weight in model.named_parameters()}
+    owned = [(optimizer, weight) for optimizer in optimizers for group in optimizer.param_groups
+             for weight in group["params"]]
+    expected = {f"{names[weight]}/{key}": ("F32", [] if key == "step" else list(weight.shape))
+                for optimizer, weight in owned for key in STATE[type(optimizer).__name__]}
+    if layout(checkpoint / "optim.safetensors") != expected:
+        raise BadOption(f"{checkpoint} holds the state of another optimizer")
+    saved = load_file(checkpoint / "optim.safetensors")
+    for optimizer, weight in owned:
+        for key in STATE[type(optimizer).__name__]:
+            optimizer.state[weight][key] = saved[f"{names[weight]}/{key}"].to(weight.device)
 
 
 def load_model(checkpoint: Path, device="cpu") -> GPT:

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from compiling import compile_static
 from configs.recipes import TrainConfig
 
+# what each keeps of a weight, in float32
+STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of a x + b x^3 + c x^5, five times: Jordan's
 NEWTON_SCHULZ_STEPS = 5
 

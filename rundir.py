@@ -108,10 +108,10 @@ class RunDir:
             for path in made or [self.path]:  # a checkpoint is of no use in a directory that a power loss takes away
                 fsync(path.parent)
             self.lock = open(self.path / ".lock", "a")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RunDirInUse(f"{self.path} is in use by another process") from error
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunDirInUse(f"{self.path} is in use by another process") from error
 
     def begin(self, config: dict, step: int):
         """
@@ -140,7 +140,7 @@ class RunDir:
             missing = [json.dumps({"step": n}) for n in range(n_good + 1, step + 1)]
             lines = lines[:n_good] + missing
             write_text(path, "".join(line + "\n" for line in lines))
-            self.last_row = json.loads(lines[-1]) if lines else {}
+            self.last_row, self.last_bytes = (json.loads(lines[-1]), len(lines[-1].encode()) + 1) if lines else ({}, 0)
             self.metrics, self.step = open(path, "r+b", buffering=0), step
             self.unwritten, self.written = b"", path.stat().st_size
         if missing:
@@ -163,7 +163,7 @@ class RunDir:
 
     def amend(self, found: dict):
         """Adds to the last line that `open_metrics` left."""
-        self.written -= len(json.dumps(self.last_row)) + 1
+        self.written -= self.last_bytes
         self.log(self.last_row | found)
 
     def write_lines(self):
@@ -192,6 +192,10 @@ class RunDir:
         if self.begun:
             with writing(self.path):
                 write_json(self.path / "status.json", {"reason": reason, "step": self.step, "code": code})
+
+
+def has_lines(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def read_json(path: Path) -> dict:

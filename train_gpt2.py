@@ -15,6 +15,7 @@ empty or invalid data, 8 another process is gone or hangs, 75 stopped by a signa
 import math
 import os
 import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -105,7 +106,7 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
         config = replace(config, kernels=kernels)
         print0(f"kernels: {kernels}" + " (--kernels plain: every line of model.py as it stands)" * (kernels == "fused"))
 
-    changeable = ("data", *result_settings(config, gpt_config))
+    changeable = ("data", "init_weights", *result_settings(config, gpt_config))
     if unknown := set(config.allow_change) - set(changeable):
         raise ValueError(f"allow_change: {', '.join(sorted(unknown))} is none of {', '.join(changeable)}")
     if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
@@ -167,9 +168,8 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     no checkpoints. BadOption if the run was begun with other settings.
     """
     newest = checkpoint.newest_valid(run.path, print0)
-    if newest is None and rundir.read_json(run.path / "status.json").get("reason") != "finished":
-        if (run.path / "metrics.jsonl").exists():
-            print0(f"{run.path} was begun before and has no checkpoint: starting again at step 0")
+    finished = rundir.read_json(run.path / "status.json").get("reason") == "finished"
+    if newest is None and not finished and not rundir.has_lines(run.path / "metrics.jsonl"):
         return 0
     if config.resume == "never":
         raise rundir.BadOption(f"{run.path} has a run in it and --resume is never: choose another --run_name")
@@ -183,6 +183,9 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
                                    f"--run_name, the old value, or --allow_change {name}")
         if before != value:
             print0(f"changed: {name}={before!r}, from now on {value!r}")
+    if newest is None and not finished:
+        print0(f"{run.path} was begun before and has no checkpoint: starting again at step 0")
+        return 0
     return begun["step"] if newest else config.max_steps
 
 
@@ -223,12 +226,14 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     # --- data, then the run directory: nothing is written before the data is known to be good ---
     rundir.check_writable(run.path)
     dataset, train_windows, val_windows = open_data(config, gpt_config)
-    settings = result_settings(config, gpt_config) | {"data": dataset.fingerprint}
+    dtype = machine.matmul_dtype(device, config.dtype)
+    settings = result_settings(config, gpt_config) | {"data": dataset.fingerprint, "dtype": str(dtype)}
     weights_from = None
-    if config.init_from is not None and not (run.path / "config.json").exists():
+    if config.init_from is not None and not checkpoint.list_checkpoints(run.path):
         weights_from = checkpoint.find(config.init_from, config.out_dir)
+        settings["init_weights"] = checkpoint.weights_sha256(weights_from)
         with torch.device("meta"):
-            checkpoint.check_shapes(weights_from, GPT(gpt_config))
+            checkpoint.check_weights(weights_from, GPT(gpt_config))
     start = torch.full((1,), -1)
     try:  # the first process looks where to start, and all get its answer
         if RANK == 0:
@@ -245,7 +250,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         print0(f"{run.path}: {'finished' if start == config.max_steps else 'stopped'} at step {start}")
         if RANK == 0 and not (run.path / "status.json").exists():  # killed after the last save
             checkpoint.tidy(run.path, start)
-            run.begun, run.step = True, start
+            run.open_metrics(start)
+            run.begun = True
             return "finished" if start == config.max_steps else "stop_after", rundir.DONE
         return "", rundir.DONE
     described = {"settings": settings, "model_config": asdict(gpt_config), "train_config": asdict(config),
@@ -265,12 +271,11 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         if checkpoint.read_state(saved)["settings"]["optimizer"] == config.optimizer:
             checkpoint.load_optimizers(saved, model, optimizers)  # else --allow_change: it begins anew
         print0(f"resuming from {saved}")
-    elif config.init_from is not None:
-        checkpoint.load_weights(weights_from or checkpoint.find(config.init_from, config.out_dir), model)
+    elif weights_from is not None:
+        checkpoint.load_weights(weights_from, model)
     if compiled:
         model.compile()
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
-    dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def forward_backward(inputs, targets, synchronize: bool):
@@ -358,9 +363,13 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         batches, forward = islice(read_batches(step - 1), accumulation), partial(forward_backward, synchronize=False)
         where = finite.explain(model, forward, batches, partial(windows, step - 1))
         if RANK == 0:
-            with suppress(OSError):
+            try:
+                shutil.rmtree(run.path / checkpoint.NOT_FINITE, ignore_errors=True)  # of another time
                 tensors = checkpoint.named_tensors(model, optimizers)
                 checkpoint.save(run.path / checkpoint.NOT_FINITE, step - 1, *tensors, described, keep_last=1)
+            except OSError as error:
+                print0(f"warning: {rundir.cannot_write(run.path, error)}; replay.py needs these weights")
+        others.anywhere(False)  # none ends before they are kept
         return rundir.NotFinite(f"step {step}: {what}; {where}; python replay.py --run {run.path.name}")
 
     def finish(step: int, lr: float, read_report) -> dict:
@@ -409,6 +418,11 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
                 bar.update()
 
         # --- save ---
+        if save_due:
+            weights, moments = checkpoint.named_tensors(model, optimizers)
+            name = finite.first_not_finite(weights | moments)
+            if others.anywhere(name is not None):
+                raise not_finite(step + 1, f"{name or 'a weight'} is not finite after step {step}")
         if save_due and RANK == 0:
             run.saver.save(step, model, optimizers, described, last=ending)
         if save_due and not ending:  # all wait for the save, and a signal meanwhile needs no other step
@@ -467,7 +481,7 @@ def main(arguments: list[str] | None = None) -> int:
         reason, code = f"out of memory: {advice} ({str(error).splitlines()[0]})", 1
     except Exception as error:
         error = others.explain(error)
-        reason, code = str(error), getattr(error, "exit_code", 1)
+        reason, code = str(error) or type(error).__name__, getattr(error, "exit_code", 1)
         if code == 1:
             traceback.print_exception(error)
     good = code in (rundir.DONE, rundir.STOPPED)

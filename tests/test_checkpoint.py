@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import small
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import T, assert_same_result, call, losses, make_data, metrics, status, steps, tensors, tree
 
 import checkpoint
 import rundir
 import train_gpt2
 from configs.recipes import TrainConfig
+from files import sha256
 from model import GPT, GPTConfig
 from optim import schedule
 
@@ -93,6 +94,62 @@ def test_a_crash_before_the_first_checkpoint_starts_anew(runs, whole, monkeypatc
     assert steps(runs.path) == [] and len(metrics(runs.path)) == 5
     assert runs(**TWELVE) == 0
     assert_same_result(runs.path, whole())
+
+
+def test_other_settings_before_the_first_checkpoint_are_refused(runs, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", lambda *arguments: 1 / 0)
+        assert runs(**TWELVE) == 1
+    before = tree(runs.path)
+    capsys.readouterr()
+    assert runs(**TWELVE, beta2=0.9) == 2
+    assert "beta2=0.95, now it is 0.9" in capsys.readouterr().err
+    assert runs(**TWELVE, resume="never") == 2
+    assert "--resume is never" in capsys.readouterr().err
+    assert tree(runs.path) == before
+    assert runs(**TWELVE, beta2=0.9, allow_change="beta2") == 0
+    assert json.loads((runs.path / "config.json").read_text())["settings"]["beta2"] == 0.9
+
+
+def test_the_log_ends_with_the_run_whose_end_is_noted(runs, monkeypatch):
+    """Killed at step 3, after its checkpoint of step 2, and by then --stop_after 2 is all that is wanted."""
+    assert runs(save_every=2, stop_after=4) == 0
+    shutil.rmtree(runs.path / "step-00000004")
+    (runs.path / "status.json").unlink()
+    assert runs(save_every=2, stop_after=2) == 0
+    assert status(runs.path) == {"reason": "stop_after", "step": 2, "code": 0} and len(metrics(runs.path)) == 2
+
+
+def test_a_bug_without_words_has_a_name(runs, monkeypatch):
+    def update(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(train_gpt2, "update", update)
+    assert runs() == 1 and status(runs.path)["reason"] == "AssertionError"
+
+
+def test_a_disk_without_locks(runs, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(rundir.fcntl, "flock", flock)
+    assert runs() == 5
+    assert "No locks available" in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", [lambda line: line.replace(b'"loss"', b'"l\xefss"'),
+                                    lambda line: line.replace(b": ", b":")],
+                         ids=["a bit of a key", "written by another program"])
+def test_a_last_line_of_another_length_is_amended(runs, monkeypatch, damage):
+    """Where an evaluation is made up for."""
+    options = {"save_every": 2, "val_every": 2}
+    assert runs(**options, stop_after=2) == 0
+    path = runs.path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    row = {key: value for key, value in json.loads(lines[1]).items() if key not in ("val_loss", "bits_per_byte")}
+    path.write_bytes(lines[0] + damage(json.dumps(row).encode() + b"\n"))
+    assert runs(**options) == 0
+    assert [row["step"] for row in metrics(runs.path)] == [1, 2, 3, 4, 5, 6] and "val_loss" in metrics(runs.path)[1]
 
 
 def test_stop_after_that_has_been_reached_does_nothing(runs, capsys):
@@ -223,6 +280,22 @@ def test_init_from_is_read_once(runs):
     shutil.rmtree(runs.out_dir / "first")
     assert runs(**options) == 0
     assert_same_result(runs.path, runs.out_dir / "whole")
+
+
+def test_init_from_the_same_weights_again(runs, monkeypatch, capsys):
+    """Killed before its first checkpoint, a run begins again with the weights that it began with, or not at all."""
+    assert runs(run_name="first", save_every=3, stop_after=3) == 0
+    options = TWELVE | {"init_from": "first"}
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Saver, "save", lambda *_, **__: 1 / 0)
+        assert runs(**options) == 1
+    before = metrics(runs.path)[0]["loss"]
+    assert runs(run_name="first", save_every=3) == 0
+    assert runs(**options) == 2
+    assert "init_weights" in capsys.readouterr().err and metrics(runs.path)[0]["loss"] == before
+    shutil.rmtree(runs.out_dir / "first" / "step-00000006")
+    assert runs(**options) == 0
+    assert metrics(runs.path)[0]["loss"] == before
 
 
 def test_init_from_what_does_not_fit(runs, capsys):
@@ -553,6 +626,50 @@ def test_no_valid_checkpoint(runs, capsys):
         path: value for path, value in before.items() if "step-" in path or "metrics" in path}
 
 
+@pytest.mark.parametrize("become", ["a link", "a file", "set aside"])
+def test_what_is_no_checkpoint_any_more_is_no_reason_to_begin_anew(runs, capsys, become):
+    assert runs(**TWELVE, stop_after=10) == 0
+    for path in checkpoint.list_checkpoints(runs.path):
+        path.rename(aside := runs.path / (f"{'invalid' if become == 'set aside' else 'moved'}-{path.name}"))
+        if become == "a link":
+            path.symlink_to(aside)
+        if become == "a file":
+            path.write_text("")
+    before = tree(runs.path)
+    capsys.readouterr()
+    assert runs(**TWELVE) == 4
+    err = capsys.readouterr().err
+    assert "step-00000005" in err and "step-00000010" in err and err.count("\n") == 1
+    assert tree(runs.path).items() >= {path: value for path, value in before.items() if "step-" in path}.items()
+
+
+def damage_moments(path, tensors):
+    """A file of the optimizer's state, and a manifest that fits it."""
+    save_file(tensors, path / "optim.safetensors")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["optim.safetensors"] = {"bytes": (path / "optim.safetensors").stat().st_size,
+                                     "sha256": sha256(path / "optim.safetensors")}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+MOMENT = "transformer.h.0.attn.c_attn.weight/exp_avg"
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors: {}, lambda tensors: tensors | {MOMENT: tensors[MOMENT].double()},
+    lambda tensors: tensors | {MOMENT: torch.zeros(1)}, lambda tensors: tensors | {"no_name": torch.zeros(1)},
+    lambda tensors: {name: tensor for name, tensor in tensors.items() if name != MOMENT},
+], ids=["empty", "another dtype", "another shape", "another name", "one missing"])
+def test_the_state_of_another_optimizer_is_refused(runs, capsys, change):
+    assert runs(**TWELVE, stop_after=5) == 0
+    path = runs.path / "step-00000005"
+    damage_moments(path, change(load_file(path / "optim.safetensors")))
+    capsys.readouterr()
+    assert runs(**TWELVE) == 2
+    err = capsys.readouterr().err
+    assert "another optimizer" in err and err.count("\n") == 1 and "Traceback" not in err
+
+
 def test_damaged_checkpoints_do_not_push_out_valid_ones(runs, whole):
     """keep_last counts what can be read: two newer damaged ones must not cost the only one that is left."""
     assert runs(**TWELVE | {"save_every": 4, "keep_last": 3}, stop_after=11) == 0
@@ -569,8 +686,10 @@ def test_damaged_checkpoints_do_not_push_out_valid_ones(runs, whole):
 def test_what_a_killed_process_was_writing_is_removed(runs):
     assert runs(save_every=2, stop_after=2) == 0
     (runs.path / ".saving-step-00000003").mkdir()
+    (runs.path / ".saving-step-00000004").write_text("")
+    (runs.path / ".config.json.1.tmp").mkdir()
     assert runs(save_every=2) == 0
-    assert not list(runs.path.glob(".saving-*"))
+    assert not list(runs.path.glob(".saving-*")) and not list(runs.path.glob(".*.tmp"))
 
 
 def test_the_code_that_began_a_run_stays_on_record(runs):

@@ -1,5 +1,6 @@
 """A loss, gradient or weight that is not finite: where it begins, and what removes it."""
 
+import errno
 import math
 import shutil
 
@@ -28,7 +29,7 @@ def gelu(monkeypatch):
         y = original(x, approximate=approximate)
         return y * math.inf if x.dtype == torch.bfloat16 and calls[0] > gelu.from_call else y
 
-    gelu.from_call = 0
+    gelu.from_call, gelu.calls = 0, calls
     monkeypatch.setattr(F, "gelu", gelu)
     return gelu
 
@@ -105,8 +106,36 @@ def test_weights_that_are_not_finite_are_not_saved(runs, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt2, "update", update)
     assert runs(save_every=2, keep_last=9) == 6
     assert steps(runs.path) == [2]
-    assert status(runs.path)["reason"] == ("step 4: transformer.h.1.mlp.c_proj.weight is not finite after it, and is "
-                                           "not saved")
+    name = "transformer.h.1.mlp.c_proj.weight"
+    assert status(runs.path)["reason"].startswith(
+        f"step 5: {name} is not finite after step 4; the first that is not finite: {name}, windows ")
+    assert (runs.path / "not-finite" / "step-00000004").is_dir()
+
+
+def test_the_last_time_counts(runs, gelu):
+    """What is kept is of the end that status.json tells of, also where that is an earlier step, or the same again."""
+    not_finite(runs, gelu, n_steps=4)
+    shutil.rmtree(runs.path / "step-00000004")
+    for learning_rate in 1e-2, 2e-2:
+        shutil.rmtree(runs.path / "step-00000003")
+        gelu.from_call = gelu.calls[0] + 2 * (1 + 1)  # step 3 is good, step 4 is not
+        assert runs(**BAD | {"learning_rate": learning_rate}, allow_change="learning_rate") == 6
+        (kept,) = checkpoint.list_checkpoints(runs.path / "not-finite")
+        assert kept.name == "step-00000003"
+        assert checkpoint.read_state(kept)["settings"]["learning_rate"] == learning_rate
+
+
+def test_weights_that_cannot_be_kept(runs, gelu, monkeypatch, capsys):
+    original = checkpoint.save
+
+    def save(run_directory, *arguments, **options):
+        if run_directory.name == checkpoint.NOT_FINITE:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(run_directory, *arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    not_finite(runs, gelu)
+    assert "No space left" in capsys.readouterr().out and steps(runs.path) == [1, 2]
 
 
 def test_replay_says_what_removes_it(runs, gelu, capsys):

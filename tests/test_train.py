@@ -596,7 +596,8 @@ def test_how_a_run_is_computed_reaches_the_model(runs, monkeypatch):
 
 def test_recompute_gelu_without_fused_kernels(runs, capsys):
     assert runs(recompute_gelu=True) == 2
-    assert capsys.readouterr().err == "error: recompute_gelu needs kernels=fused, which serve CUDA in bfloat16\n"
+    assert capsys.readouterr().err == (
+        "error: recompute_gelu needs mlp_activation=gelu and kernels=fused (CUDA, bfloat16)\n")
 
 
 def test_auto_compiles_on_cuda():
