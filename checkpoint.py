@@ -122,6 +122,16 @@ class Saver:
             self.thread.shutdown()
 
 
+def keep_for_replay(run_directory: Path, step: int, model: torch.nn.Module, optimizers: list, state: dict, say=print):
+    """A checkpoint for replay.py in place of an earlier one; where it cannot be written a warning must do."""
+    place = run_directory / NOT_FINITE
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        save(place, step, *named_tensors(model, optimizers), state, keep_last=1)
+    except OSError as error:
+        say(f"warning: {cannot_write(place, error)}: replay.py has no weights", file=sys.stderr)
+
+
 def to_host(tensors: dict, memory: dict) -> dict:
     """Copies on the host, in the memory of the last time; they are there when the device is done."""
     for name, tensor in tensors.items():

@@ -15,7 +15,6 @@ empty or invalid data, 8 another process is gone or hangs, 75 stopped by a signa
 import math
 import os
 import shlex
-import shutil
 import statistics
 import sys
 import time
@@ -363,12 +362,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         batches, forward = islice(read_batches(step - 1), accumulation), partial(forward_backward, synchronize=False)
         where = finite.explain(model, forward, batches, partial(windows, step - 1))
         if RANK == 0:
-            try:
-                shutil.rmtree(run.path / checkpoint.NOT_FINITE, ignore_errors=True)  # of another time
-                tensors = checkpoint.named_tensors(model, optimizers)
-                checkpoint.save(run.path / checkpoint.NOT_FINITE, step - 1, *tensors, described, keep_last=1)
-            except OSError as error:
-                print0(f"warning: {rundir.cannot_write(run.path, error)}; replay.py needs these weights")
+            checkpoint.keep_for_replay(run.path, step - 1, model, optimizers, described, print0)
         others.anywhere(False)  # none ends before they are kept
         return rundir.NotFinite(f"step {step}: {what}; {where}; python replay.py --run {run.path.name}")
 

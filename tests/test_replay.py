@@ -135,7 +135,7 @@ def test_weights_that_cannot_be_kept(runs, gelu, monkeypatch, capsys):
 
     monkeypatch.setattr(checkpoint, "save", save)
     not_finite(runs, gelu)
-    assert "No space left" in capsys.readouterr().out and steps(runs.path) == [1, 2]
+    assert "No space left" in capsys.readouterr().err and steps(runs.path) == [1, 2]
 
 
 def test_replay_says_what_removes_it(runs, gelu, capsys):
