@@ -101,12 +101,16 @@ def move(weights: list, updates, lr, weight_decay: float, scale: float, found_in
 
 def update(model: torch.nn.Module, optimizers: list, loss: torch.Tensor, grad_clip: float):
     """
-    Clips the gradient, updates the weights and drops the gradient. Returns (loss, norm of the gradient) as one float32
-    tensor on the device, and no host waits: where one of them is not finite the kernels of CUDA and CPU leave all as it
-    was, in this update and in all that follow.
+    Clips the gradient, updates the weights and drops the gradient. loss: this process's share. Returns (loss, norm of
+    the gradient) as one float32 tensor on the device, and no host waits: where one of them is not finite, in any
+    process, the kernels of CUDA and CPU leave all as it was, in this update and in all that follow.
     """
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     report = torch.stack((loss.float(), grad_norm.float()))
+    if dist.is_initialized():
+        shared = report * torch.tensor([1.0, 0.0], device=report.device)  # of a norm that is not finite a NaN
+        dist.all_reduce(shared)
+        report = torch.stack((shared[0], report[1] + shared[1]))
     not_finite = 1 - report.isfinite().all().float()
     for optimizer in optimizers:
         optimizer.found_inf = not_finite.maximum(getattr(optimizer, "found_inf", not_finite))

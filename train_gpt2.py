@@ -388,8 +388,6 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         for micro_step in range(accumulation):
             loss += forward_backward(inputs, targets, synchronize=micro_step == accumulation - 1) / WORLD_SIZE
             inputs, targets = next(batches)
-        if WORLD_SIZE > 1:
-            dist.all_reduce(loss)
         lr = set_learning_rate(optimizers, config, step - 1)
         launched.append((step, lr, machine.read_later(update(model, optimizers, loss, config.grad_clip))))
         stopping = interrupted()

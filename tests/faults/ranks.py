@@ -6,6 +6,7 @@ the time and with nobody who ends the others when one is gone, forked off trial.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")] if __name__ == "__main__" else []
@@ -22,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")] if __name__ == "__main__" else [
 import torch  # noqa: E402
 
 import checkpoint  # noqa: E402
+import finite  # noqa: E402
 import machine  # noqa: E402
 import processes  # noqa: E402
 import rundir  # noqa: E402
@@ -36,10 +39,14 @@ class Fault:
     """
     rank, step: where, step counted from 1. place: "set-up", "forward", "update", "evaluation" or "save" (which only
     rank 0 does); None for none. signals: sent to the ranks in `to`; "hang" waits for ever. slow: seconds that each
-    visit to a place takes, from `step` on. without: "handler" of signals, or "watch" for other processes.
+    visit to a place takes, from `step` on. without: "handler" of signals, "watch" for other processes, or "check" for
+    what is not finite. poison: what is not finite from `step` on, by this factor: "loss", "gradient" of one weight,
+    "sum" of it over the processes, or "weight".
     """
 
-    def __init__(self, note: Path, rank=0, step=1, place=None, signals=(), to=None, slow=(), without=()):
+    def __init__(self, note: Path, rank=0, step=1, place=None, signals=(), to=None, slow=(), without=(), poison=None,
+                 factor="nan"):
+        self.poison, self.factor, self.rank = poison, float(factor), rank
         self.note, self.step, self.place, self.signals = note, step, place, list(signals)
         self.mine = place and rank == train_gpt2.RANK and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         self.to, self.slow, self.done, self.evaluating = to or [rank], dict(slow), None, False
@@ -48,6 +55,10 @@ class Fault:
         if "watch" in without:
             processes.end_with_torchrun = lambda: None
             processes.Others.watch = lambda *_: None
+        if "check" in without:
+            finite.first_not_finite = lambda tensors: None
+            train_gpt2.update = naive_update
+            train_gpt2.math = SimpleNamespace(isfinite=lambda value: True, nan=math.nan, log=math.log)
         with open(note / f"pid-{train_gpt2.RANK}", "w") as file:
             file.write(str(os.getpid()))
         self.install()
@@ -65,8 +76,12 @@ class Fault:
                     os.kill(int((self.note / f"pid-{rank}").read_text()), getattr(signal, name))
         time.sleep(self.slow.get(place, 0) if step >= self.step else 0)
 
+    def poisoned(self, what: str) -> bool:
+        step = (self.done or 0) + (what in ("loss", "gradient"))
+        return self.poison == what and self.rank == train_gpt2.RANK and self.done is not None and step >= self.step
+
     def install(self):
-        run, evaluate, rate = GPT.run, train_gpt2.evaluate, train_gpt2.learning_rate
+        run, evaluate, rate = GPT.run, train_gpt2.evaluate, train_gpt2.set_learning_rate
         kernels, parts, micro_batch = machine.attention_kernels, checkpoint.safetensors_parts, train_gpt2.micro_batch
 
         def watched_kernels(rehearse, device):  # calls the model too, before the first step
@@ -78,12 +93,20 @@ class Fault:
         def watched_run(model, *inputs):
             if self.done is not None:
                 self.visit("evaluation" if self.evaluating else "forward")
-            return run(model, *inputs)
+            if not hasattr(self, "weight"):
+                self.weight = model.transformer.h[0].mlp.c_fc.weight
+                self.weight.register_hook(lambda d: d * self.factor if self.poisoned("gradient") else d)
+            logits, loss = run(model, *inputs)
+            return logits, loss * self.factor if self.poisoned("loss") else loss
 
-        def watched_rate(config, step):
+        def watched_rate(optimizers, config, step):
             self.done = step + 1
             self.visit("update")
-            return rate(config, step)
+            if self.poisoned("sum"):
+                self.weight.grad[3, 5] *= self.factor
+            if self.poisoned("weight"):
+                self.weight.data[3, 5] = self.factor
+            return rate(optimizers, config, step)
 
         def watched_evaluate(*arguments):
             self.evaluating = True
@@ -103,8 +126,17 @@ class Fault:
             return windows
 
         machine.attention_kernels, checkpoint.safetensors_parts = watched_kernels, watched_parts
-        GPT.run, train_gpt2.learning_rate, train_gpt2.evaluate = watched_run, watched_rate, watched_evaluate
+        GPT.run, train_gpt2.set_learning_rate, train_gpt2.evaluate = watched_run, watched_rate, watched_evaluate
         train_gpt2.micro_batch = watched_micro_batch
+
+
+def naive_update(model, optimizers, loss, grad_clip):
+    """As optim.update, but whatever comes is believed."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack((loss, norm))
 
 
 def main(options: list[str], note: Path, fault: dict):

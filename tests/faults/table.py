@@ -2,12 +2,38 @@
 
 import json
 import os
+import time
+from contextlib import contextmanager
+
+import pytest
 
 
-def record(fault: str, injected: int, survived: int, detected: int, naive_failed: int, naive_tried: int,
-           seconds: float):
-    """A JSON line in the file that FAULTS_TABLE names, if it names one: how often, and what came of it."""
-    row = locals()
-    if path := os.environ.get("FAULTS_TABLE"):
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+class Row:
+    """
+    Of one fault: trials injected, and of these survived to the last bit, or detected, that is refused with the exit
+    code and the message that are documented. A trial that is neither has failed, also where it ended the test.
+    """
+
+    def __init__(self, fault: str):
+        self.fault, self.injected, self.survived, self.detected = fault, 0, 0, 0
+        self.naive_tried, self.naive_failed, self.skipped = 0, 0, 0
+
+    def control(self, failed: bool):
+        """One trial of the naive control: whether it failed."""
+        self.naive_tried += 1
+        self.naive_failed += failed
+
+
+@contextmanager
+def row(fault: str):
+    """A Row to count on; at the end, whatever it is, a JSON line in the file that FAULTS_TABLE names, if it does."""
+    counts, begun = Row(fault), time.time()
+    try:
+        yield counts
+    except pytest.skip.Exception:
+        counts.skipped += 1
+        raise
+    finally:
+        if path := os.environ.get("FAULTS_TABLE"):
+            with open(path, "a") as file:
+                file.write(json.dumps(vars(counts) | {"seconds": time.time() - begun}) + "\n")

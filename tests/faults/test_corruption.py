@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from contextlib import suppress
 
 import numpy as np
@@ -18,7 +17,7 @@ import checkpoint
 import rundir
 from data.shards import HEADER_BYTES, open_dataset
 from tests.faults import trial
-from tests.faults.table import record
+from tests.faults.table import row
 
 OPTIONS = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 8, "val_every": 3, "save_every": 2}
 NAMES = (*checkpoint.FILES, "manifest.json")
@@ -191,54 +190,62 @@ def believed(directory, expected) -> str:
 @pytest.mark.parametrize("kind", [*CHANGES, *DIRECTORIES])
 def test_every_damage_is_found(stopped, place, kind):
     """The older checkpoint is used and the reason said; if that is damaged too, both reasons, and every file stays."""
-    clock, naive = time.perf_counter(), []
-    for i, generator in enumerate(trials := generators(40, kind)):
-        place.again(stopped)
-        newest, older, said = place.checkpoint(6), place.checkpoint(4), []
-        expected = values(newest)
-        names = damage(kind, newest, older, generator, NAMES[i % len(NAMES)])
-        assert checkpoint.newest_valid(place.path, said.append) == older, names
-        assert len(said) == 1 and said[0].startswith(f"skipping {newest}: "), names
-        if names != ("manifest.json",):  # which nobody reads who believes the files
-            naive.append(believed(newest, expected))
+    naive = []
+    with row(f"checkpoint: {kind}") as counts:
+        for i, generator in enumerate(generators(40, kind)):
+            place.again(stopped)
+            newest, older, said = place.checkpoint(6), place.checkpoint(4), []
+            expected = values(newest)
+            names = damage(kind, newest, older, generator, NAMES[i % len(NAMES)])
+            counts.injected += 1
+            assert checkpoint.newest_valid(place.path, said.append) == older, names
+            assert len(said) == 1 and said[0].startswith(f"skipping {newest}: "), names
+            counts.detected += 1
+            if names != ("manifest.json",):  # which nobody reads who believes the files
+                naive.append(believed(newest, expected))
+                counts.control(naive[-1] != "same")
 
-        damage(kind, older, stopped / "step-00000006", generator)
-        before = content(place.path)
-        with pytest.raises(rundir.NoValidCheckpoint, match=r"step-00000006: .+; step-00000004: .+\)$"):
-            checkpoint.newest_valid(place.path, said.append)
-        assert content(place.path) == before and len(said) == 3
-    silent, failed = naive.count("silent"), len(naive) - naive.count("same")
-    print(f"{kind}: {len(trials)} found; of {len(naive)} naive ones {silent} silently wrong, {failed - silent} errors")
-    record(f"checkpoint: {kind}", len(trials), len(trials), len(trials), failed, len(naive),
-           time.perf_counter() - clock)
-    assert failed > len(naive) / 2
-    if kind in QUIET:
-        assert silent > len(naive) / 2
+            damage(kind, older, stopped / "step-00000006", generator)
+            before = content(place.path)
+            counts.injected += 1
+            with pytest.raises(rundir.NoValidCheckpoint, match=r"step-00000006: .+; step-00000004: .+\)$"):
+                checkpoint.newest_valid(place.path, said.append)
+            assert content(place.path) == before and len(said) == 3
+            counts.detected += 1
+        assert counts.naive_failed > len(naive) / 2
+        if kind in QUIET:
+            assert naive.count("silent") > len(naive) / 2
 
 
 @pytest.mark.parametrize("kind", [*CHANGES, *DIRECTORIES])
 def test_the_run_goes_on_from_the_older_checkpoint(stopped, whole, place, kind):
-    for generator in generators(12, kind, "run"):
-        place.again(stopped)
-        damage(kind, place.checkpoint(6), place.checkpoint(4), generator)
-        assert place() == 0, place.said()[-2000:]
-        assert f"skipping {place.checkpoint(6)}: " in place.said()
-        assert f"resuming from {place.checkpoint(4)}\n" in place.said()
-        assert_same_result(place.path, whole.path)
+    with row("checkpoint damaged in any of these ways: the run goes on") as counts:
+        for generator in generators(12, kind, "run"):
+            place.again(stopped)
+            damage(kind, place.checkpoint(6), place.checkpoint(4), generator)
+            counts.injected += 1
+            assert place() == 0, place.said()[-2000:]
+            assert f"skipping {place.checkpoint(6)}: " in place.said()
+            assert f"resuming from {place.checkpoint(4)}\n" in place.said()
+            assert_same_result(place.path, whole.path)
+            counts.survived += 1
 
 
 @pytest.mark.parametrize("kind", [*CHANGES, *DIRECTORIES])
 def test_no_valid_checkpoint_is_exit_4_and_changes_nothing(stopped, place, kind):
-    for generator in generators(3, kind, "none valid"):
-        place.again(stopped)
-        for step, other in (4, 6), (6, 4):
-            damage(kind, place.checkpoint(step), stopped / checkpoint.directory_name(other), generator)
-        before = content(place.path)
-        assert place() == 4
-        error = place.said().splitlines()[-1]
-        assert error.startswith(f"error: no valid checkpoint in {place.path} (step-00000006: ")
-        assert "; step-00000004: " in error and "Traceback" not in place.said()
-        assert content(place.path) == before
+    with row("every checkpoint damaged: exit code 4, nothing changed") as counts:
+        for generator in generators(3, kind, "none valid"):
+            place.again(stopped)
+            for step, other in (4, 6), (6, 4):
+                damage(kind, place.checkpoint(step), stopped / checkpoint.directory_name(other), generator)
+            before = content(place.path)
+            counts.injected += 1
+            assert place() == 4
+            error = place.said().splitlines()[-1]
+            assert error.startswith(f"error: no valid checkpoint in {place.path} (step-00000006: ")
+            assert "; step-00000004: " in error and "Traceback" not in place.said()
+            assert content(place.path) == before
+            counts.detected += 1
 
 
 def test_without_its_checkpoints_a_run_says_that_it_starts_again(stopped, whole, place):
@@ -254,20 +261,20 @@ def test_without_its_checkpoints_a_run_says_that_it_starts_again(stopped, whole,
 
 def test_who_believes_the_files_goes_on_wrongly(stopped, whole, place):
     """The control: without the check, a run ends with an error or other bits. (An older directory is just older.)"""
-    failed = tried = 0
-    for kind in [*CHANGES, "all but the manifest swapped", "empty directory"]:
-        for generator in generators(3, kind, "control"):
-            place.again(stopped)
-            if damage(kind, place.checkpoint(6), place.checkpoint(4), generator) == ("manifest.json",):
-                continue
-            tried += 1
-            try:
-                assert place(control=True) == 0
-                assert_same_result(place.path, whole.path)
-            except (AssertionError, OSError):
-                failed += 1
-    print(f"naive: {failed} of {tried} fail")
-    assert failed > tried / 2
+    with row("checkpoint damaged in any of these ways: the run goes on") as counts:
+        for kind in [*CHANGES, "all but the manifest swapped", "empty directory"]:
+            for generator in generators(3, kind, "control"):
+                place.again(stopped)
+                if damage(kind, place.checkpoint(6), place.checkpoint(4), generator) == ("manifest.json",):
+                    continue
+                try:
+                    assert place(control=True) == 0
+                    assert_same_result(place.path, whole.path)
+                except (AssertionError, OSError):
+                    counts.control(True)
+                else:
+                    counts.control(False)
+        assert counts.naive_failed > counts.naive_tried / 2
 
 
 # -----------------------------------------------------------------------------
@@ -308,47 +315,50 @@ def read_believing(data) -> list[bytes]:
 @pytest.mark.parametrize("how", ["mtime", "verify", "first use"])
 def test_every_change_of_a_shard_is_found(known_data, tmp_path, kind, how):
     """By its mtime or its size; where these are as before, with --verify_data or on first use."""
-    clock, data, naive = time.perf_counter(), tmp_path / "data", []
+    data, naive = tmp_path / "data", []
     expected = read_believing(known_data / "0")
-    for generator in (trials := generators(24, kind, how)):
-        name = change_data(kind, data, known_data, generator, hide=how != "mtime")
-        if how == "first use":
-            (data / "verified.json").unlink()
-        with pytest.raises(rundir.DataError, match=name):
-            open_dataset(data, small.VOCAB, verify=how == "verify")
-        if kind not in QUIET:  # found by its size alone
+    with row(f"shard: {kind}, by {how}") as counts:
+        for generator in generators(24, kind, how):
+            name = change_data(kind, data, known_data, generator, hide=how != "mtime")
+            if how == "first use":
+                (data / "verified.json").unlink()
+            counts.injected += 1
             with pytest.raises(rundir.DataError, match=name):
-                open_dataset(data, small.VOCAB)
-        try:
-            naive.append("same" if read_believing(data) == expected else "silent")
-        except (OSError, ValueError):
-            naive.append("error")
-    silent, failed = naive.count("silent"), len(naive) - naive.count("same")
-    print(f"{kind}: {len(trials)} found; naive: {silent} silently wrong, {failed - silent} errors")
-    record(f"shard: {kind}, by {how}", len(trials), len(trials), len(trials), failed, len(naive),
-           time.perf_counter() - clock)
-    assert failed > len(naive) / 2
-    if kind in QUIET:
-        assert silent > len(naive) / 2
+                open_dataset(data, small.VOCAB, verify=how == "verify")
+            if kind not in QUIET:  # found by its size alone
+                with pytest.raises(rundir.DataError, match=name):
+                    open_dataset(data, small.VOCAB)
+            counts.detected += 1
+            try:
+                naive.append("same" if read_believing(data) == expected else "silent")
+            except (OSError, ValueError):
+                naive.append("error")
+            counts.control(naive[-1] != "same")
+        assert counts.naive_failed > len(naive) / 2
+        if kind in QUIET:
+            assert naive.count("silent") > len(naive) / 2
 
 
 @pytest.mark.parametrize("kind", CHANGES)
 @pytest.mark.parametrize("how", ["mtime", "verify", "first use"])
 def test_a_run_on_changed_data_is_exit_7_and_writes_nothing(known_data, place, kind, how):
     place.data = place.directory / "data"
-    for generator in generators(2, kind, how, "run"):
-        name = change_data(kind, place.data, known_data, generator, hide=how != "mtime")
-        if how == "first use":
-            (place.data / "verified.json").unlink()
-        assert place(verify_data=how == "verify") == 7, place.said()[-2000:]
-        error = place.said().splitlines()[-1]
-        assert error.startswith("error: ") and name in error and "Traceback" not in place.said()
-        assert not place.out_dir.exists()
+    with row("shard changed in any of these ways: exit code 7, nothing written") as counts:
+        for generator in generators(2, kind, how, "run"):
+            name = change_data(kind, place.data, known_data, generator, hide=how != "mtime")
+            if how == "first use":
+                (place.data / "verified.json").unlink()
+            counts.injected += 1
+            assert place(verify_data=how == "verify") == 7, place.said()[-2000:]
+            error = place.said().splitlines()[-1]
+            assert error.startswith("error: ") and name in error and "Traceback" not in place.said()
+            assert not place.out_dir.exists()
+            counts.detected += 1
 
 
 def test_a_shard_truncated_while_running(known_data, place):
     """Exit 7 with one line, or the same bits where what is gone is not read any more; never a signal."""
-    clock, codes, naive = time.perf_counter(), [], []
+    codes, naive = [], []
     place.data = place.directory / "data"
     place.data.mkdir()
 
@@ -361,32 +371,32 @@ def test_a_shard_truncated_while_running(known_data, place):
     expected = place.path.rename(place.directory / "expected")
     first = next(one.n for one in place.operations() if one.name == "open" and "metrics" in one.path)
     last = len(place.operations())
-    for generator in (trials := generators(30, "truncated while running")):
-        prepare()
-        shard = place.data / generator.choice(SHARDS)
-        n_bytes = generator.choice([0, HEADER_BYTES, generator.randrange(shard.stat().st_size)])
-        fault = "truncate_at", (generator.randint(first, last), shard, n_bytes)
-        codes.append(place(*fault))
-        assert codes[-1] in (0, 7), (fault, place.said()[-2000:])
-        if codes[-1] == 7:
-            error = place.said().splitlines()[-1]
-            assert error.startswith("error: ") and shard.name in error and "truncated while in use" in error
-            assert "Traceback" not in place.said() and small.status(place.path)["code"] == 7
-            assert all(checkpoint.find_fault(path) is None for path in checkpoint.list_checkpoints(place.path))
-            shutil.copytree(known_data / "0", place.data, dirs_exist_ok=True)
-            assert place() == 0  # goes on
-        assert_same_result(place.path, expected)
-        prepare()
-        naive.append(place(*fault, control=True))
-        if naive[-1] == 0:
-            try:
-                assert_same_result(place.path, expected)
-            except AssertionError:
-                naive[-1] = "wrong"
-    failed = len(naive) - naive.count(0)
-    print(f"{codes.count(7)} of {len(codes)} stopped with exit 7; naive: {naive.count(-signal.SIGBUS)} killed by "
-          f"SIGBUS, {naive.count('wrong')} silently wrong, of {len(naive)}")
-    record("shard: truncated while running", len(trials), len(trials), codes.count(7), failed, len(naive),
-           time.perf_counter() - clock)
-    assert codes.count(7) > len(codes) / 4
-    assert -signal.SIGBUS in naive and failed > len(naive) / 5
+    with row("shard: truncated while running") as counts:
+        for generator in generators(30, "truncated while running"):
+            prepare()
+            shard = place.data / generator.choice(SHARDS)
+            n_bytes = generator.choice([0, HEADER_BYTES, generator.randrange(shard.stat().st_size)])
+            fault = "truncate_at", (generator.randint(first, last), shard, n_bytes)
+            counts.injected += 1
+            codes.append(place(*fault))
+            assert codes[-1] in (0, 7), (fault, place.said()[-2000:])
+            if codes[-1] == 7:
+                error = place.said().splitlines()[-1]
+                assert error.startswith("error: ") and shard.name in error and "truncated while in use" in error
+                assert "Traceback" not in place.said() and small.status(place.path)["code"] == 7
+                assert all(checkpoint.find_fault(path) is None for path in checkpoint.list_checkpoints(place.path))
+                shutil.copytree(known_data / "0", place.data, dirs_exist_ok=True)
+                assert place() == 0  # goes on
+            assert_same_result(place.path, expected)
+            counts.detected += codes[-1] == 7
+            counts.survived += codes[-1] == 0
+            prepare()
+            naive.append(place(*fault, control=True))
+            if naive[-1] == 0:
+                try:
+                    assert_same_result(place.path, expected)
+                except AssertionError:
+                    naive[-1] = "wrong"
+            counts.control(naive[-1] != 0)
+        assert codes.count(7) > len(codes) / 4
+        assert -signal.SIGBUS in naive and counts.naive_failed > len(naive) / 5

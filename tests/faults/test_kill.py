@@ -19,7 +19,7 @@ from small import assert_same_result, steps
 
 import checkpoint
 from tests.faults import trial
-from tests.faults.table import record
+from tests.faults.table import row
 
 OPTIONS = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 6, "val_every": 3, "save_every": 2}
 SEED = int(os.environ.get("FAULTS_SEED", random.SystemRandom().randrange(10**6)))  # printed where a test fails
@@ -36,8 +36,8 @@ class Place:
     def run(self, fault="none", arguments=(), control=False) -> int:
         return trial.run(self.runs.options(**OPTIONS), self.out, fault, arguments, control)
 
-    def start(self):
-        return trial.start(self.runs.options(**OPTIONS), self.out)
+    def start(self, control=False):
+        return trial.start(self.runs.options(**OPTIONS), self.out, control=control)
 
     def operations(self) -> list[trial.Operation]:
         """Of the last trial."""
@@ -98,13 +98,14 @@ def kill_everywhere(place, whole, prepare, kind):
     """`prepare` makes the state in which a run begins; the run is killed at each of its operations, and finished."""
     prepare()
     place.finish(whole)
-    operations, begun = place.operations(), time.time()
-    for at in targets(operations):
-        prepare()
-        assert place.run("kill_at", at) == -9, (at, operations[at[0] - 1])
-        place.finish(whole)
-    n = len(targets(operations))
-    record(f"kill -9 at every file operation, {kind}", n, n, 0, 0, 0, time.time() - begun)
+    operations = place.operations()
+    with row(f"kill -9 at every file operation, {kind}") as counts:
+        for at in targets(operations):
+            prepare()
+            counts.injected += 1
+            assert place.run("kill_at", at) == -9, (at, operations[at[0] - 1])
+            place.finish(whole)
+            counts.survived += 1
 
 
 def test_at_every_operation(whole, place):
@@ -149,8 +150,8 @@ def comparable(operations: list[tuple]) -> list[tuple]:
 @pytest.fixture
 def has_strace():
     if not shutil.which("strace") or subprocess.run(["strace", "true"], capture_output=True).returncode:
-        record("strace against the shim (there is no strace here, or no right to trace)", 0, 0, 0, 0, 0, 0)
-        pytest.skip("there is no strace here, or no right to trace")
+        with row("operations seen by strace that the shim counts"):
+            pytest.skip("there is no strace here, or no right to trace")
 
 
 def test_strace_reports_each_way_to_change_a_file(tmp_path, has_strace):
@@ -182,7 +183,7 @@ def test_strace_reports_each_way_to_change_a_file(tmp_path, has_strace):
 @pytest.mark.parametrize("kind", ["a new run", "a resumed run"])
 def test_strace_sees_the_same_operations(whole, killed, place, has_strace, kind):
     """All by which the real command changes files are those that the shim counts, in their order."""
-    begun, out_dir = time.time(), place.runs.out_dir
+    out_dir = place.runs.out_dir
 
     def prepare():
         shutil.rmtree(out_dir, ignore_errors=True)
@@ -196,9 +197,10 @@ def test_strace_sees_the_same_operations(whole, killed, place, has_strace, kind)
     command = [sys.executable, str(small.ROOT / "train_gpt2.py"), *place.runs.options(**OPTIONS)]
     seen = strace(command, place.runs.directory, place.runs.directory / "strace")
     assert_same_result(place.path, whole.path)
-    assert comparable(seen) == comparable(counted)
-    n = len(comparable(seen))
-    record(f"operations seen by strace that the shim counts, {kind}", n, n, 0, 0, 0, time.time() - begun)
+    with row("operations seen by strace that the shim counts") as counts:
+        counts.injected = len(comparable(seen))
+        assert comparable(seen) == comparable(counted)
+        counts.survived = len(comparable(seen))
 
 
 def out_of_order(operations) -> list[str]:
@@ -249,13 +251,15 @@ def test_at_every_operation_before_the_first_step_on_new_data(whole, place):
     place.runs.data = place.runs.directory / "data"
     prepare()
     place.finish(whole)
-    noted, begun = [one.n for one in place.operations() if str(place.runs.data) in one.path], time.time()
+    noted = [one.n for one in place.operations() if str(place.runs.data) in one.path]
     assert noted
-    for n in noted:
-        prepare()
-        assert place.run("kill_at", (n, 0.5)) == -9
-        place.finish(whole)
-    record("kill -9 at every file operation, new data", len(noted), len(noted), 0, 0, 0, time.time() - begun)
+    with row("kill -9 at every file operation, new data") as counts:
+        for n in noted:
+            prepare()
+            counts.injected += 1
+            assert place.run("kill_at", (n, 0.5)) == -9
+            place.finish(whole)
+            counts.survived += 1
 
 
 def test_at_every_operation_of_a_resumed_run(whole, killed, place):
@@ -340,7 +344,7 @@ def test_power_loss(whole, killed, place, kind):
     At each fsync, rename and removal: bytes that are not on the disk yet are missing, zeros, half or all there, in
     files whose names are there, or with names that are not on the disk yet taken back.
     """
-    out_dir, kept, n, n_names, begun = place.runs.out_dir, place.runs.directory / "kept", 0, 0, time.time()
+    out_dir, kept = place.runs.out_dir, place.runs.directory / "kept"
 
     def prepare(source):
         shutil.rmtree(out_dir, ignore_errors=True)
@@ -355,33 +359,34 @@ def test_power_loss(whole, killed, place, kind):
     if kind == "a resumed run":  # its saves are those of a new run
         first_save = next(i for i, one in enumerate(operations) if one.name == "rename" and ".saving-" in one.path)
         operations = operations[:first_save + 2]
-    for at in operations:
-        if at.name not in ("fsync", "rename", "replace", "rmdir"):
-            continue
-        prepare(start)
-        assert place.run("kill_at", (at.n,)) == -9
-        done = place.operations()[:-1]
-        n_saved = steps_saved(done) + (kind == "a resumed run")
-        shutil.rmtree(kept, ignore_errors=True)
-        out_dir.mkdir(exist_ok=True)
-        shutil.copytree(out_dir, kept)
-        for state, names in itertools.product(STATES, (True, False)):
-            prepare(kept)
-            n_lost = lose_contents(done, state)
-            if not names:
-                n_lost_names = lose_names(done, before)
-                n_names += n_lost_names
-                n_lost *= n_lost_names > 0  # else it is as with names
-                n_lost += n_lost_names * (state == "full")
-            if n_lost:
-                faults = [checkpoint.find_fault(path) for path in checkpoint.list_checkpoints(place.path)]
-                assert faults.count(None) >= min(n_saved, 2), (at, state, names, faults)
-                place.finish(whole, message=(at, state, names))
-                n += 1
-    assert n > 40 and n_names > 20, (n, n_names)
-    failed = naive_power_loss(whole, place) if kind == "a new run" else []
-    record(f"power lost: bytes missing, empty, zeros, half or all there, names there or not, {kind}", n, n, 0,
-           sum(failed), len(failed), time.time() - begun)
+    n_names = 0
+    with row(f"power lost: bytes missing, empty, zeros, half or all there, names there or not, {kind}") as counts:
+        for at in operations:
+            if at.name not in ("fsync", "rename", "replace", "rmdir"):
+                continue
+            prepare(start)
+            assert place.run("kill_at", (at.n,)) == -9
+            done = place.operations()[:-1]
+            n_saved = steps_saved(done) + (kind == "a resumed run")
+            shutil.rmtree(kept, ignore_errors=True)
+            out_dir.mkdir(exist_ok=True)
+            shutil.copytree(out_dir, kept)
+            for state, names in itertools.product(STATES, (True, False)):
+                prepare(kept)
+                n_lost = lose_contents(done, state)
+                if not names:
+                    n_lost_names = lose_names(done, before)
+                    n_names += n_lost_names
+                    n_lost *= n_lost_names > 0  # else it is as with names
+                    n_lost += n_lost_names * (state == "full")
+                if n_lost:
+                    counts.injected += 1
+                    faults = [checkpoint.find_fault(path) for path in checkpoint.list_checkpoints(place.path)]
+                    assert faults.count(None) >= min(n_saved, 2), (at, state, names, faults)
+                    place.finish(whole, message=(at, state, names))
+                    counts.survived += 1
+        assert counts.injected > 40 and n_names > 20, (counts.injected, n_names)
+        naive_power_loss(whole, place, counts)
 
 
 def steps_saved(operations) -> int:
@@ -399,7 +404,7 @@ def naive_fails(place, whole) -> bool:
     return False
 
 
-def naive_power_loss(whole, place) -> list[bool]:
+def naive_power_loss(whole, place, counts):
     """The control: after a save in place that is complete, but not on the disk."""
     shutil.rmtree(place.runs.out_dir)
     place.finish(whole, control=True)
@@ -410,22 +415,22 @@ def naive_power_loss(whole, place) -> list[bool]:
         assert place.run("kill_at", (after,), control=True) == -9
         lose_contents(place.operations()[:-1], state)
         failed.append(naive_fails(place, whole))
+        counts.control(failed[-1])
     assert failed == [state != "full" for state in STATES]
-    return failed
 
 
 def test_the_same_faults_end_naive_runs(whole, place):
     """The control: where a save in place is killed, the run that goes on fails or ends with other bits."""
     shutil.rmtree(place.runs.out_dir, ignore_errors=True)
     place.finish(whole, control=True)
-    operations, failed, begun = place.operations(), [], time.time()
-    for at in targets(operations):
-        if "step-00000004" in operations[at[0] - 1].path:
-            shutil.rmtree(place.runs.out_dir)
-            assert place.run("kill_at", at, control=True) == -9
-            failed.append(naive_fails(place, whole))
-    assert sum(failed) > len(failed) / 2
-    record("kill -9 at every file operation, a new run", 0, 0, 0, sum(failed), len(failed), time.time() - begun)
+    operations = place.operations()
+    with row("kill -9 at every file operation, a new run") as counts:
+        for at in targets(operations):
+            if "step-00000004" in operations[at[0] - 1].path:
+                shutil.rmtree(place.runs.out_dir)
+                assert place.run("kill_at", at, control=True) == -9
+                counts.control(naive_fails(place, whole))
+        assert counts.naive_failed > counts.naive_tried / 2
 
 
 # -----------------------------------------------------------------------------
@@ -437,28 +442,45 @@ def test_error_at_every_operation(whole, place, number):
     """Goes on and ends as if nothing had been, or ends with exit code 5, one line, and every checkpoint made before."""
     shutil.rmtree(place.runs.out_dir, ignore_errors=True)
     place.finish(whole)
-    operations, codes, begun = place.operations(), [], time.time()
+    operations, codes = place.operations(), []
     first_line = next(one.n for one in operations if one.name == "write" and one.path.endswith("metrics.jsonl"))
     last_save = next(one.n for one in operations if one.name == "mkdir" and one.path.endswith("00000006"))
+    with row(f"{errno.errorcode[number]} at every file operation") as counts:
+        for at, part in targets(operations):
+            if part or (number == errno.EIO and trial.SCALE == 1 and operations[at - 1].name != "fsync"):
+                continue
+            shutil.rmtree(place.runs.out_dir)
+            counts.injected += 1
+            codes.append(place.run("fail_at", (at, number)))
+            said = place.out.read_text()
+            n_saved = sum(one.name == "rename" and ".saving-" in one.path for one in operations[:at - 1])
+            where = operations[at - 1], said[-1000:]
+            assert codes[-1] in (0, 5) and "Traceback" not in said, where
+            if codes[-1] == 5:
+                assert f"error: cannot write to {place.runs.out_dir}" in said and os.strerror(number) in said, where
+                assert not first_line <= at < last_save - 1, where  # but at the sync of metrics.jsonl for the last save
+            if place.path.exists():
+                assert len(checkpoint.list_checkpoints(place.path)) >= min(n_saved, 2), where
+                assert all(checkpoint.find_fault(path) is None for path in checkpoint.list_checkpoints(place.path))
+            place.finish(whole, left=[".removing-step-00000002"])
+            counts.survived += codes[-1] == 0
+            counts.detected += codes[-1] == 5  # and the same command, with a disk that works, ends as it should
+        assert codes.count(0) > codes.count(5) > 2
+        if number == errno.ENOSPC:
+            naive_errors(whole, place, number, counts)
+
+
+def naive_errors(whole, place, number, counts):
+    """The control: an error in a save in place, after which the same command goes on."""
+    shutil.rmtree(place.runs.out_dir)
+    place.finish(whole, control=True)
+    operations = place.operations()
     for at, part in targets(operations):
-        if part or (number == errno.EIO and trial.SCALE == 1 and operations[at - 1].name != "fsync"):
-            continue
-        shutil.rmtree(place.runs.out_dir)
-        codes.append(place.run("fail_at", (at, number)))
-        said = place.out.read_text()
-        n_saved = sum(one.name == "rename" and ".saving-" in one.path for one in operations[:at - 1])
-        where = operations[at - 1], said[-1000:]
-        assert codes[-1] in (0, 5) and "Traceback" not in said, where
-        if codes[-1] == 5:
-            assert f"error: cannot write to {place.runs.out_dir}" in said and os.strerror(number) in said, where
-            assert not first_line <= at < last_save - 1, where  # but at the sync of metrics.jsonl for the last save
-        if place.path.exists():
-            assert len(checkpoint.list_checkpoints(place.path)) >= min(n_saved, 2), where
-            assert all(checkpoint.find_fault(path) is None for path in checkpoint.list_checkpoints(place.path)), where
-        place.finish(whole, left=[".removing-step-00000002"])
-    assert codes.count(0) > codes.count(5) > 2
-    record(f"{errno.errorcode[number]} at every file operation", len(codes), codes.count(0), codes.count(5), 0, 0,
-           time.time() - begun)
+        if "step-00000004" in operations[at - 1].path and not part:
+            shutil.rmtree(place.runs.out_dir)
+            place.run("fail_at", (at, number), control=True)
+            counts.control(naive_fails(place, whole))
+    assert counts.naive_failed
 
 
 # -----------------------------------------------------------------------------
@@ -466,52 +488,91 @@ def test_error_at_every_operation(whole, place, number):
 
 
 def test_at_random_instants(whole, place):
-    """Several times in a run, and once it is not killed; at times that are spread over what a whole run takes."""
+    """Several times in a run: most after its log is begun, some before, at times that are spread over all it takes."""
     print(f"FAULTS_SEED={SEED}")
-    place.run()
+    seconds = time_to_end(place)
+    generator, n_runs, n_in_loop, n_saved = random.Random(SEED), 0, 0, 0
+    with row("kill -9 at random instants") as counts:
+        while n_runs < 60 * trial.SCALE or n_in_loop < 150 * trial.SCALE:
+            assert n_runs < 200 * trial.SCALE, n_in_loop
+            shutil.rmtree(place.runs.out_dir, ignore_errors=True)
+            killed = 0
+            for _ in range(generator.randint(2, 4)):
+                if kill_at_random(place, generator, seconds):
+                    killed += 1
+                    done = place.operations()
+                    n_in_loop += is_begun(done)
+                    n_saved += any(".saving-" in one.path for one in done)
+            counts.injected += killed
+            place.finish(whole, message=f"run {n_runs}")
+            counts.survived += killed
+            n_runs += 1
+        assert n_saved > n_in_loop / 3, (n_saved, n_in_loop)  # the others were in steps before the first save
+        for _ in range(10 * trial.SCALE):
+            shutil.rmtree(place.runs.out_dir, ignore_errors=True)
+            if kill_at_random(place, generator, seconds, control=True):
+                counts.control(naive_fails(place, whole))
+
+
+def is_begun(operations) -> bool:
+    """Whether the loop has: with its first line of the log, or a save."""
+    return any((one.name == "write" and one.path.endswith("/metrics.jsonl")) or ".saving-" in one.path
+               for one in operations)
+
+
+def time_to_end(place) -> float:
+    """Seconds from the first line of the log."""
+    process = place.start()
+    wait_for_the_loop(place, process)
     begun = time.time()
-    shutil.rmtree(place.runs.out_dir)
-    place.run()
-    generator, n_runs, n_killed, n_begun, seconds = random.Random(SEED), 0, 0, 0, time.time() - begun
-    while n_runs < 60 * trial.SCALE or n_killed < 150 * trial.SCALE:
-        assert n_runs < 200 * trial.SCALE, n_killed
-        shutil.rmtree(place.runs.out_dir, ignore_errors=True)
-        for _ in range(generator.randint(2, 4)):
-            place.out.with_suffix(".operations").unlink(missing_ok=True)
-            process = place.start()
-            process.join(generator.uniform(0, seconds))
-            process.kill()
-            process.join()
-            if process.exitcode == -9:
-                n_killed += 1
-                n_begun += place.out.with_suffix(".operations").exists() and len(place.operations()) > 1
-        place.finish(whole, message=f"run {n_runs}")
-        n_runs += 1
-    assert n_begun > n_killed / 5, n_begun  # the others had changed no file yet
-    record("kill -9 at random instants", n_killed, n_killed, 0, 0, 0, time.time() - begun)
+    process.join()
+    return time.time() - begun
+
+
+def wait_for_the_loop(place, process):
+    log = place.out.with_suffix(".operations")
+    while process.is_alive() and not (log.exists() and b"/metrics.jsonl\t\n" in log.read_bytes()):
+        time.sleep(0.001)
+
+
+def kill_at_random(place, generator, seconds, control=False) -> bool:
+    """Whether it was killed, not already at its end."""
+    place.out.with_suffix(".operations").unlink(missing_ok=True)
+    process = place.start(control)
+    if generator.random() < 0.9:
+        wait_for_the_loop(place, process)
+        process.join(generator.uniform(0, seconds))
+    else:
+        process.join(generator.uniform(0, 2 * seconds))  # still in its set-up
+    process.kill()
+    process.join()
+    return process.exitcode == -9
 
 
 def test_the_real_command_at_random_instants(whole, tmp_path):
     """`python train_gpt2.py` in a process of its own, four times in a run, each time after some steps."""
     print(f"FAULTS_SEED={SEED}")
     options = OPTIONS | {"max_steps": 400, "val_every": 3, "save_every": 5}
-    generator, begun, n_killed = random.Random(SEED), time.time(), 0
-    for i in range(trial.SCALE):
-        place = Place(tmp_path / f"{i}", whole.runs.data)
-        for _ in range(4):
+    generator = random.Random(SEED)
+    with row("kill -9 of the real command") as counts:
+        for i in range(trial.SCALE):
+            place = Place(tmp_path / f"{i}", whole.runs.data)
+            killed = 0
+            for _ in range(4):
+                process = place.runs.start(**options)
+                small.wait_for(process, "val loss")
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=generator.uniform(0, 0.3))
+                process.kill()
+                killed += process.wait() == -9
+                process.stdout.close()
+            counts.injected += killed
+            n_steps = len(small.metrics(place.path)[:-1])
+            assert 0 < n_steps < 400
             process = place.runs.start(**options)
-            small.wait_for(process, "val loss")
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=generator.uniform(0, 0.3))
-            process.kill()
-            n_killed += process.wait() == -9
-            process.stdout.close()
-        n_steps = len(small.metrics(place.path)[:-1])
-        assert 0 < n_steps < 400
-        process = place.runs.start(**options)
-        assert process.communicate()[0] and process.returncode == 0
-        expected = Place(tmp_path / f"whole {i}", whole.runs.data)
-        assert trial.run(expected.runs.options(**options), expected.out) == 0
-        assert_same_result(place.path, expected.path)
-    assert n_killed == 4 * trial.SCALE
-    record("kill -9 of the real command", n_killed, n_killed, 0, 0, 0, time.time() - begun)
+            assert process.communicate()[0] and process.returncode == 0
+            expected = Place(tmp_path / f"whole {i}", whole.runs.data)
+            assert trial.run(expected.runs.options(**options), expected.out) == 0
+            assert_same_result(place.path, expected.path)
+            counts.survived += killed
+        assert counts.injected == 4 * trial.SCALE

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import subprocess
-import time
 from functools import partial
 
 import numpy as np
@@ -22,7 +21,7 @@ import data.text
 import data.tokenizer
 import sample
 from data.shards import DataError, run_command
-from tests.faults.table import record
+from tests.faults.table import row
 
 SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 8, "save_every": 2}
 
@@ -79,7 +78,7 @@ PAYLOADS = {
 def drop(request, tmp_path):
     """`drop(path)` puts the payload there, and sees it run by its own loader: the control; `drop.ran()` is the test."""
     write, load = PAYLOADS[request.param]
-    marker, clock = tmp_path / "marker", time.perf_counter()
+    marker = tmp_path / "marker"
 
     def ran() -> bool:
         found = marker.exists()
@@ -91,12 +90,17 @@ def drop(request, tmp_path):
         path.parent.mkdir(exist_ok=True, parents=True)
         write(path, marker)
         load(path)
+        counts.control(True)
         assert ran(), "this payload does nothing"
-        drop.n += 1
+        counts.injected += 1
 
-    drop.n, drop.ran = 0, ran
-    yield drop
-    record(f"pickle: {request.param}", drop.n, drop.n, drop.n, drop.n, drop.n, time.perf_counter() - clock)
+    def did_not_run() -> bool:
+        counts.detected = 0 if ran() else counts.injected
+        return counts.detected > 0
+
+    drop.did_not_run = did_not_run
+    with row(f"pickle, in any file that is read: {request.param}") as counts:
+        yield drop
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +146,7 @@ def test_in_runs_and_data(stopped, tmp_path, drop, capfd, place):
     if place == "what is no reason to stop":
         codes.append(runs(**SMALL | {"save_every": 0}, run_name="finished"))
     err = capfd.readouterr().err
-    assert not drop.ran() and "Traceback" not in err, err[-2000:]
+    assert drop.did_not_run() and "Traceback" not in err, err[-2000:]
     expected = [7] if len(codes) == 1 else [0, 0, 0, 2] if len(codes) == 4 else [0, 0, 0]  # by the older checkpoint
     assert codes == expected, err[-2000:]
 
@@ -152,7 +156,7 @@ def test_in_text(tmp_path, drop, capfd, name):
     drop(path := tmp_path / "corpus" / name)
     (tmp_path / "val.txt").write_text("To be, or not to be")
     code = run_command(lambda: data.text.main("mine", (str(path),), (str(tmp_path / "val.txt"),), out=tmp_path))
-    assert not drop.ran() and "Traceback" not in capfd.readouterr().err
+    assert drop.did_not_run() and "Traceback" not in capfd.readouterr().err
     assert code in (0, 7) and (code == 7 or name == "text.txt")  # protocol 0 is text
 
 
@@ -173,7 +177,7 @@ def test_in_the_tokenizers_cache(tmp_path, drop, monkeypatch):
     with pytest.raises(DataError, match="no network in this test"):
         data.tokenizer.gpt2.__wrapped__()
     assert len(seen) == 1 and len(list((tmp_path / "cache").iterdir())) == 1  # tiktoken found the first no good
-    assert not drop.ran()
+    assert drop.did_not_run()
 
 
 # -----------------------------------------------------------------------------

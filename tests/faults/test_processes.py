@@ -18,7 +18,7 @@ from small import T, assert_same_result, metrics, status, steps
 import checkpoint
 from data.loader import train_order
 from tests.faults.ranks import Ranks, alive
-from tests.faults.table import record
+from tests.faults.table import row
 
 OPTIONS = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 8, "val_every": 3, "save_every": 2, "batch_size": 1,
            "val_tokens": 12 * T}
@@ -101,11 +101,13 @@ TO = {"rank 0": [0], "rank 1": [1], "all": [0, 1]}
     *((*place, to) for place in PLACES for to in ("rank 1", "all")), ("forward", 3, "rank 0"), ("save", 4, "rank 0")])
 def test_sigterm(place, wholes, where, step, to):
     to = TO[to]
-    ranks = place.start(2, rank=0 if where == "save" else to[0], place=where, step=step, signals=["SIGTERM"], to=to)
-    seconds = place.check_gone(ranks, ranks.injected(), MARGIN_S + 1.0)  # step and save take 0.1 s
-    place.check_stopped(ranks, 2, step)
-    place.finish(2, wholes[2].path)
-    record(f"SIGTERM to {len(to)} of 2 processes in {where}", 1, 1, 0, None, None, seconds)
+    with row(f"SIGTERM to one or all of 2 processes in {where}") as counts:
+        counts.injected += 1
+        ranks = place.start(2, rank=0 if where == "save" else to[0], place=where, step=step, signals=["SIGTERM"], to=to)
+        place.check_gone(ranks, ranks.injected(), MARGIN_S + 1.0)  # step and save take 0.1 s
+        place.check_stopped(ranks, 2, step)
+        place.finish(2, wholes[2].path)
+        counts.survived += 1
 
 
 @pytest.mark.parametrize("where", ["forward", "evaluation", "save"])
@@ -113,13 +115,15 @@ def test_sigterm_where_everything_is_slow(place, wholes, where):
     """A step takes 1 s, a save 2 s; an evaluation of 6 s is cut short, and made up for when the run goes on."""
     slow = {"forward": 0.5, "save": 1.0} | ({"evaluation": 1.0} if where == "evaluation" else {})
     changes, step = {"save_every": 4}, {"forward": 2, "evaluation": 3, "save": 4}[where]
-    ranks = place.start(2, place=where, step=step, rank=0, to=[1], signals=["SIGTERM"], slow=slow, changes=changes)
-    seconds = place.check_gone(ranks, ranks.injected(), 1.0 + 2 * 1.0 + MARGIN_S)
-    place.check_stopped(ranks, 2, step)
-    if where == "evaluation":
-        assert status(place.path)["step"] == 3 and "val_loss" not in metrics(place.path)[2]
-    place.finish(2, wholes[2].path, **changes)
-    record(f"SIGTERM in {where}, steps of 1 s, saves of 2 s, evaluations of 6 s", 1, 1, 0, None, None, seconds)
+    with row("SIGTERM where steps take 1 s, saves 2 s, evaluations 6 s") as counts:
+        counts.injected += 1
+        ranks = place.start(2, place=where, step=step, rank=0, to=[1], signals=["SIGTERM"], slow=slow, changes=changes)
+        place.check_gone(ranks, ranks.injected(), 1.0 + 2 * 1.0 + MARGIN_S)
+        place.check_stopped(ranks, 2, step)
+        if where == "evaluation":
+            assert status(place.path)["step"] == 3 and "val_loss" not in metrics(place.path)[2]
+        place.finish(2, wholes[2].path, **changes)
+        counts.survived += 1
 
 
 @pytest.mark.parametrize("i", range(8 * SCALE))
@@ -129,23 +133,25 @@ def test_sigterm_at_random_instants(place, wholes, i):
     ranks = place.start(2, slow={"forward": 0.01, "save": 0.02, "evaluation": 0.02})
     ranks.wait_until(lambda: len(list(ranks.note.glob("windows-*"))) == 2)
     time.sleep(generator.uniform(0, 1))
-    since, to = time.time(), generator.choice([[0], [1], [0, 1]])
-    ranks.signal("SIGTERM", to)
-    seconds = place.check_gone(ranks, since, MARGIN_S + 1.0)
-    codes = ranks.wait()
-    assert codes in ([STOPPED] * 2, [0, 0]), ranks.said()[-3000:]
-    if codes[0] == STOPPED:
-        place.check_stopped(ranks, 2, status(place.path)["step"])
-    place.finish(2, wholes[2].path)
-    record("SIGTERM at a random instant", 1, 1, 0, None, None, seconds)
+    with row("SIGTERM to one or all of 2 processes at a random instant") as counts:
+        counts.injected += 1
+        since, to = time.time(), generator.choice([[0], [1], [0, 1]])
+        ranks.signal("SIGTERM", to)
+        place.check_gone(ranks, since, MARGIN_S + 1.0)
+        codes = ranks.wait()
+        assert codes in ([STOPPED] * 2, [0, 0]), ranks.said()[-3000:]
+        if codes[0] == STOPPED:
+            place.check_stopped(ranks, 2, status(place.path)["step"])
+        place.finish(2, wholes[2].path)
+        counts.survived += 1
 
 
 def test_sigterm_without_the_handler_saves_nothing(place):
     """The control."""
-    ranks = place.start(2, place="forward", step=2, rank=0, to=[0, 1], signals=["SIGTERM"], without=["handler"])
-    assert STOPPED not in ranks.wait()
-    assert not steps(place.path) and not (place.path / "status.json").exists()
-    record("SIGTERM without a handler", 1, 0, 0, 1, 1, None)
+    with row("SIGTERM to one or all of 2 processes in forward") as counts:
+        ranks = place.start(2, place="forward", step=2, rank=0, to=[0, 1], signals=["SIGTERM"], without=["handler"])
+        counts.control(STOPPED not in ranks.wait())
+        assert counts.naive_failed and not steps(place.path) and not (place.path / "status.json").exists()
 
 
 # -----------------------------------------------------------------------------
@@ -168,15 +174,17 @@ def test_sigkill_of_a_process(place, wholes, at):
     """Nobody but the processes themselves ends the others, whatever they are in."""
     where, step, rank, killed = at
     slow = SLOW if where in SLOW and rank not in killed else {}
-    ranks = place.start(3, place=where, step=step, rank=rank, to=killed, signals=["SIGKILL"],
-                        slow={where: 8.0} if slow else {})
-    seconds = place.check_gone(ranks, ranks.injected())
-    check_lost(ranks, killed)
-    if 0 not in killed:
-        reason = {"reason": f"process {killed[0]} is gone", "code": LOST}
-        assert status(place.path) == reason | {"step": status(place.path)["step"]}
-    place.finish(3, wholes[3].path)
-    record(f"SIGKILL of one of 3 processes in {where}", 1, 1, 1, None, None, seconds)
+    with row(f"SIGKILL of one of 3 processes in {where}") as counts:
+        counts.injected += 1
+        ranks = place.start(3, place=where, step=step, rank=rank, to=killed, signals=["SIGKILL"],
+                            slow={where: 8.0} if slow else {})
+        place.check_gone(ranks, ranks.injected())
+        check_lost(ranks, killed)
+        if 0 not in killed:
+            reason = {"reason": f"process {killed[0]} is gone", "code": LOST}
+            assert status(place.path) == reason | {"step": status(place.path)["step"]}
+        place.finish(3, wholes[3].path)
+        counts.survived += 1
 
 
 @pytest.mark.parametrize("i", range(6 * SCALE))
@@ -186,34 +194,39 @@ def test_sigkill_at_random_instants(place, wholes, i):
     ranks = place.start(3, slow={"forward": 0.01, "save": 0.02, "evaluation": 0.02})
     ranks.wait_until(lambda: len(list(ranks.note.glob("windows-*"))) == 3)
     time.sleep(generator.uniform(0, 1))
-    since, killed = time.time(), generator.randrange(3)
-    ranks.signal("SIGKILL", [killed])
-    seconds = place.check_gone(ranks, since)
-    place.finish(3, wholes[3].path)
-    record("SIGKILL of one of 3 processes at a random instant", 1, 1, int(ranks.wait() != [0] * 3), None, None, seconds)
+    with row("SIGKILL of one of 3 processes at a random instant") as counts:
+        counts.injected += 1
+        since, killed = time.time(), generator.randrange(3)
+        ranks.signal("SIGKILL", [killed])
+        place.check_gone(ranks, since)
+        place.finish(3, wholes[3].path)
+        counts.survived += 1
 
 
 @pytest.mark.parametrize("where", ["save", pytest.param("evaluation", marks=LONG)])
 def test_without_the_watch_processes_outlive_one_that_is_gone(place, where):
     """The control: what is not in a collective does not notice."""
-    ranks = place.start(2, place=where, step={"evaluation": 3, "save": 4}[where], rank=0, to=[1], signals=["SIGKILL"],
-                        slow={where: 8.0}, without=["watch"])
-    with pytest.raises(AssertionError):
-        place.check_gone(ranks, ranks.injected())
-    record(f"SIGKILL of one of 2 processes in {where}, without the watch", 1, 0, 0, 1, 1, None)
+    with row(f"SIGKILL of one of 3 processes in {where}") as counts:
+        ranks = place.start(2, place=where, step={"evaluation": 3, "save": 4}[where], rank=0, to=[1],
+                            signals=["SIGKILL"], slow={where: 8.0}, without=["watch"])
+        with pytest.raises(AssertionError):
+            place.check_gone(ranks, ranks.injected())
+        counts.control(True)
 
 
 @pytest.mark.parametrize(("rank", "where", "step"), [(0, "save", 4), pytest.param(1, "forward", 5, marks=LONG)])
 def test_max_restarts(place, wholes, rank, where, step):
-    ranks = place.start(2, ["--max-restarts", "1"], rank=rank, place=where, step=step, signals=["SIGKILL"])
-    since = ranks.injected()
-    first = ranks.pids()
-    ranks.wait_until(lambda: not any(alive(pid) for pid in first), since + GONE_S - time.time())
-    seconds = time.time() - since
-    assert ranks.wait(90) == [0], ranks.said()[-3000:]
-    assert f"resuming from {place.path / checkpoint.directory_name(step - 2 if where == 'save' else 4)}" in ranks.said()
-    assert_same_result(place.path, wholes[2].path)
-    record(f"SIGKILL of process {rank} in {where}, torchrun --max-restarts 1", 1, 1, 1, None, None, seconds)
+    with row("SIGKILL of one of 2 processes under torchrun --max-restarts 1") as counts:
+        counts.injected += 1
+        ranks = place.start(2, ["--max-restarts", "1"], rank=rank, place=where, step=step, signals=["SIGKILL"])
+        since = ranks.injected()
+        first = ranks.pids()
+        ranks.wait_until(lambda: not any(alive(pid) for pid in first), since + GONE_S - time.time())
+        assert ranks.wait(90) == [0], ranks.said()[-3000:]
+        resumed = place.path / checkpoint.directory_name(step - 2 if where == "save" else 4)
+        assert f"resuming from {resumed}" in ranks.said()
+        assert_same_result(place.path, wholes[2].path)
+        counts.survived += 1
 
 
 # -----------------------------------------------------------------------------
@@ -232,14 +245,16 @@ def test_hang(tmp_path, wholes):
     try:
         for where, (hung, _, fault) in HANGS.items():
             ranks = trials[where]
-            since, others = ranks.injected(), [i for i in range(3) if i != hung or fault == "hang"]
-            ranks.wait_until(lambda ranks=ranks, others=others: not any(ranks.processes[i].is_alive() for i in others),
-                             since + HANG_S + 2.0 - time.time())
-            seconds = time.time() - since
-            assert f"error: process {hung} hangs" in ranks.said(), ranks.said()[-3000:]
-            assert all(ranks.processes[i].exitcode == LOST for i in others)
+            with row(f"{fault} of one of 3 processes in {where}, {HANG_S:.0f} s allowed") as counts:
+                counts.injected += 1
+                since, others = ranks.injected(), [i for i in range(3) if i != hung or fault == "hang"]
+                processes = [ranks.processes[i] for i in others]
+                ranks.wait_until(lambda processes=processes: not any(one.is_alive() for one in processes),
+                                 since + HANG_S + 2.0 - time.time())
+                assert f"error: process {hung} hangs" in ranks.said(), ranks.said()[-3000:]
+                assert all(one.exitcode == LOST for one in processes)
+                counts.detected += 1
             ranks.end()
-            record(f"{fault} of one of 3 processes in {where}, {HANG_S:.0f} s allowed", 1, 1, 1, None, None, seconds)
         for place in places.values():  # now, so that nothing waits for it
             place.finish(3, wholes[3].path)
     finally:
@@ -257,13 +272,15 @@ def test_slow_is_not_hanging(place):
 @pytest.mark.parametrize("fault", ["hang", pytest.param("SIGSTOP", marks=LONG)])
 def test_hang_under_torchrun(place, fault):
     """Nothing runs in a process that is stopped: torchrun kills it 30 s later."""
-    ranks = place.start(2, ["--max-restarts", "0"], changes={"hang_timeout_s": HANG_S}, rank=1, place="forward", step=3,
-                        signals=[fault])
-    seconds = place.check_gone(ranks, ranks.injected(), HANG_S + 2.0 + 30.0 * (fault == "SIGSTOP"))
-    assert ranks.wait() == [1]
-    assert "error: process 1 hangs" in ranks.said()
-    assert status(place.path)["code"] == LOST and "process 1 hangs" in status(place.path)["reason"]
-    record(f"{fault} of one of 2 processes under torchrun", 1, 1, 1, None, None, seconds)
+    with row(f"{fault} of one of 2 processes under torchrun") as counts:
+        counts.injected += 1
+        ranks = place.start(2, ["--max-restarts", "0"], changes={"hang_timeout_s": HANG_S}, rank=1, place="forward",
+                            step=3, signals=[fault])
+        place.check_gone(ranks, ranks.injected(), HANG_S + 2.0 + 30.0 * (fault == "SIGSTOP"))
+        assert ranks.wait() == [1]
+        assert "error: process 1 hangs" in ranks.said()
+        assert status(place.path)["code"] == LOST and "process 1 hangs" in status(place.path)["reason"]
+        counts.detected += 1
 
 
 # -----------------------------------------------------------------------------
@@ -272,13 +289,15 @@ def test_hang_under_torchrun(place, fault):
 
 def test_sigkill_of_torchrun(place, wholes):
     """One process runs, one is stopped."""
-    ranks = place.start(2, ["--max-restarts", "0"], place="forward", step=3, rank=1, signals=["SIGSTOP"],
-                        slow={"forward": 0.5})
-    ranks.injected()
-    ranks.launcher.kill()
-    seconds = place.check_gone(ranks, time.time())
-    place.finish(2, wholes[2].path)
-    record("SIGKILL of torchrun, one process of 2 stopped", 1, 1, 1, None, None, seconds)
+    with row("SIGKILL of torchrun, one process of 2 stopped") as counts:
+        counts.injected += 1
+        ranks = place.start(2, ["--max-restarts", "0"], place="forward", step=3, rank=1, signals=["SIGSTOP"],
+                            slow={"forward": 0.5})
+        ranks.injected()
+        ranks.launcher.kill()
+        place.check_gone(ranks, time.time())
+        place.finish(2, wholes[2].path)
+        counts.survived += 1
 
 
 @pytest.mark.parametrize("n_processes", [2, pytest.param(1, marks=LONG)])
@@ -295,13 +314,14 @@ def test_sigkill_of_torchrun_before_its_processes_have_begun(place, n_processes)
 
 def test_without_the_watch_torchrun_leaves_orphans(place):
     """The control."""
-    ranks = place.start(2, ["--max-restarts", "0"], place="forward", step=3, rank=1, slow={"forward": 5.0},
-                        without=["watch"])
-    ranks.injected()
-    ranks.launcher.kill()
-    with pytest.raises(AssertionError):
-        place.check_gone(ranks, time.time())
-    record("SIGKILL of torchrun, without the watch", 1, 0, 0, 1, 1, None)
+    with row("SIGKILL of torchrun, one process of 2 stopped") as counts:
+        ranks = place.start(2, ["--max-restarts", "0"], place="forward", step=3, rank=1, slow={"forward": 5.0},
+                            without=["watch"])
+        ranks.injected()
+        ranks.launcher.kill()
+        with pytest.raises(AssertionError):
+            place.check_gone(ranks, time.time())
+        counts.control(True)
 
 
 # -----------------------------------------------------------------------------
@@ -324,21 +344,24 @@ def test_number_of_processes_changes(place, wholes, sizes, batch_size):
     changes = {"batch_size": batch_size, "total_batch_tokens": 4 * T, "val_tokens": 2 * batch_size * T}
     start, ends = 0, [2, 5, 8] if len(sizes) == 3 else [3, 8]
     n_windows = (1200 - 1) // T
-    for world_size, end in zip(sizes, ends, strict=True):
-        ranks = place.start(world_size, changes=changes | {"stop_after": end})
-        assert ranks.wait() == [0] * world_size, ranks.said()[-3000:]
-        accumulation = 4 // (world_size * batch_size)
-        for step in range(start, end):
-            read = [ranks.windows()[rank][(step - start) * accumulation + micro_step]
-                    for micro_step in range(accumulation) for rank in range(world_size)]
-            assert list(itertools.chain(*read)) == train_order(n_windows, 0, step, 4).tolist()
-        start = end
-    whole = Place(place.runs.directory / "whole", place.runs.data)
-    assert whole.start(1, changes=changes).wait() == [0]
-    if batch_size == 2:
-        assert_same_result(place.path, whole.path)
-    relative = difference(place.path, whole.path)
-    print(f"{sizes} processes, {4 // batch_size} terms: weights differ by {relative:.1e} of their norm")
-    assert relative < 1e-3
-    record(f"{', '.join(map(str, sizes))} processes, sums of {4 // batch_size} terms: weights differ by {relative:.1e}",
-           1, 1, 0, None, None, None)
+    with row(f"{', '.join(map(str, sizes))} processes in turn, sums of {4 // batch_size} terms") as counts:
+        counts.injected += 1
+        for world_size, end in zip(sizes, ends, strict=True):
+            ranks = place.start(world_size, changes=changes | {"stop_after": end})
+            assert ranks.wait() == [0] * world_size, ranks.said()[-3000:]
+            accumulation = 4 // (world_size * batch_size)
+            for step in range(start, end):
+                read = [ranks.windows()[rank][(step - start) * accumulation + micro_step]
+                        for micro_step in range(accumulation) for rank in range(world_size)]
+                assert list(itertools.chain(*read)) == train_order(n_windows, 0, step, 4).tolist()
+            start = end
+        whole = Place(place.runs.directory / "whole", place.runs.data)
+        assert whole.start(1, changes=changes).wait() == [0]
+        relative = difference(place.path, whole.path)
+        if batch_size == 2:
+            assert_same_result(place.path, whole.path)
+            counts.survived += 1
+        elif relative < 1e-3:
+            counts.fault += f": the same batches, weights that differ by {relative:.0e} of their norm"
+            counts.detected += 1
+        assert relative < 1e-3
