@@ -23,9 +23,11 @@ from configs.recipes import TrainConfig
 from files import sha256
 from model import GPT, GPTConfig
 from optim import schedule
+from tests.faults.table import row
 
 runs = small.runs
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=small.VOCAB)
+STOPPED = "stopped after each step, accumulation 1 and 2, float32 and bfloat16, each optimizer"
 TWELVE = {"max_steps": 12, "val_every": 5, "save_every": 5}  # neither divides 12
 
 
@@ -55,16 +57,32 @@ def test_resumed_run_is_the_uninterrupted_run(runs, whole, k, batch_size, dtype,
     """To the last bit, from every step."""
     chosen = {"batch_size": batch_size, "dtype": dtype, "optimizer": optimizer}
     options = TWELVE | chosen
-    assert runs(**options, stop_after=k) == 0
-    assert steps(runs.path)[-1] == len(metrics(runs.path)) == k
-    assert status(runs.path) == {"reason": "stop_after", "step": k, "code": 0}
-    time_s = metrics(runs.path)[-1]["time_s"]
-    capsys.readouterr()
-    assert runs(**options) == 0
-    assert f"resuming from {runs.path / f'step-{k:08d}'}\n" in capsys.readouterr().out
-    assert_same_result(runs.path, whole(**chosen))
-    assert [row["step"] for row in metrics(runs.path) if "val_loss" in row] == [5, 10, 12]
-    assert metrics(runs.path)[k]["time_s"] > time_s  # training time goes on, too
+    with row(STOPPED) as counts:
+        counts.injected += 1
+        assert runs(**options, stop_after=k) == 0
+        assert steps(runs.path)[-1] == len(metrics(runs.path)) == k
+        assert status(runs.path) == {"reason": "stop_after", "step": k, "code": 0}
+        time_s = metrics(runs.path)[-1]["time_s"]
+        capsys.readouterr()
+        assert runs(**options) == 0
+        assert f"resuming from {runs.path / f'step-{k:08d}'}\n" in capsys.readouterr().out
+        assert_same_result(runs.path, whole(**chosen))
+        assert [one["step"] for one in metrics(runs.path) if "val_loss" in one] == [5, 10, 12]
+        assert metrics(runs.path)[k]["time_s"] > time_s  # training time goes on, too
+        counts.survived += 1
+
+
+@pytest.mark.parametrize("optimizer", small.OPTIMIZERS)
+@pytest.mark.parametrize("k", range(1, 12, 3))
+def test_without_its_moments_it_is_not(runs, whole, k, optimizer, monkeypatch):
+    """The control: a run that goes on with its weights and its step alone."""
+    monkeypatch.setattr(checkpoint, "load_optimizers", lambda *_: None)
+    with row(STOPPED) as counts:
+        assert runs(**TWELVE, optimizer=optimizer, stop_after=k) == 0
+        assert runs(**TWELVE, optimizer=optimizer) == 0
+        with pytest.raises(AssertionError):
+            assert_same_result(runs.path, whole(batch_size=4, dtype="float32", optimizer=optimizer))
+        counts.control(True)
 
 
 def test_many_stops(runs, whole):

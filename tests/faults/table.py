@@ -16,7 +16,11 @@ class Row:
 
     def __init__(self, fault: str):
         self.fault, self.injected, self.survived, self.detected = fault, 0, 0, 0
-        self.naive_tried, self.naive_failed, self.skipped = 0, 0, 0
+        self.naive_tried, self.naive_failed, self.skipped, self.longest_s = 0, 0, 0, 0.0
+
+    def took(self, seconds: float):
+        """From a fault to the end of what it was to end."""
+        self.longest_s = max(self.longest_s, seconds)
 
     def control(self, failed: bool):
         """One trial of the naive control: whether it failed."""

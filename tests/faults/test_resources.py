@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from multiprocessing import connection
 
 import pytest
@@ -144,19 +145,18 @@ def test_the_real_command_where_files_cannot_grow(whole, tmp_path):  # noqa: F81
 
 
 def assert_refused(place, where, unprivileged=False):
-    """With exit code 5 and one line, in 3 s of a processor and before a model is described, let alone built."""
+    """With exit code 5 and one line, before a model is described, let alone built, or data, which are missing, read."""
     with row("a place that cannot be written to") as counts:
         counts.injected += 1
-        command = [sys.executable, str(small.ROOT / "train_gpt2.py"), *place.runs.options(out_dir=where)]
+        options = place.runs.options(out_dir=where, data=place.runs.directory / "missing")
+        command, begun = [sys.executable, str(small.ROOT / "train_gpt2.py"), *options], time.time()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    preexec_fn=give_up_rights if unprivileged else None,
                                    env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-        said, errors = process.stdout.read(), process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        said, errors = process.communicate()
+        counts.took(time.time() - begun)
         assert process.returncode == 5 and errors.startswith("error: ") and errors.count("\n") == 1, errors
         assert str(where) in errors and "parameters" not in said
-        assert usage.ru_utime + usage.ru_stime < 3  # what else the machine does is not in it
         counts.detected += 1
 
 
@@ -211,7 +211,8 @@ def test_one_run_in_a_directory(whole, tmp_path):  # noqa: F811
             winner.kill()
             winner.join()
             assert winner.exitcode == -9
-            options |= {"stop_after": len(small.metrics(place.path)) // 2 * 2 + 4}
+            log = place.path / "metrics.jsonl"  # which there may not be yet
+            options |= {"stop_after": (log.read_text().count("\n") if log.exists() else 0) // 2 * 2 + 4}
             for run_name in "run", "whole":
                 arguments = place.runs.options(**options, run_name=run_name)
                 assert trial.run(arguments, place.out) == 0, place.out.read_text()
