@@ -40,6 +40,12 @@ def end_with_torchrun():
                 pass
 
 
+def check_variables(rank: int, world_size: int):
+    """ValueError where RANK and WORLD_SIZE come from something else than torchrun."""
+    if rank >= world_size or (world_size > 1 and "MASTER_ADDR" not in os.environ):
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment are not torchrun's: unset them")
+
+
 def connect(timeout: timedelta) -> dist.Store:
     """
     Where the processes find one another. torchrun keeps it over its restarts, with the addresses of processes that are

@@ -24,11 +24,10 @@ import checkpoint
 import machine
 from compiling import SlowPath, compiles
 from configs.recipes import TrainConfig
-from data.loader import train_order
+from data.loader import open_data, train_order
 from finite import find, first_not_finite, some
 from model import GPT, GPTConfig
 from rundir import BAD_OPTION, DONE, BadOption, NoValidCheckpoint
-from train_gpt2 import open_data
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,8 @@ def replay(config: ReplayConfig) -> list[str]:
         raise BadOption(f"{config.run} has no step to do again: only a run that ended with exit code 6 has one")
     state = checkpoint.read_state(kept)
     run_config, gpt_config = TrainConfig(**state["train_config"]), GPTConfig(**state["model_config"])
-    dataset, windows, _ = open_data(run_config, gpt_config)
+    dataset, windows, _ = open_data(run_config.data, run_config.sequence_length, gpt_config.vocab_size,
+                                    run_config.verify_data)
     if dataset.fingerprint != state["settings"]["data"]:
         raise BadOption(f"{dataset.directory} does not hold the data that {run} had")
     n_windows = run_config.total_batch_tokens // run_config.sequence_length

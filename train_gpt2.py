@@ -32,7 +32,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
-import data.shakespeare
 import finite
 import machine
 import processes
@@ -41,9 +40,9 @@ from attention import KERNEL_NAMES
 from compiling import SlowPath, compiles
 from configs.recipes import TrainConfig, recipe, result_settings, run_name
 from configs.variants import VARIANTS, model_name, variant
-from data.loader import Windows, micro_batch, train_order, val_batches
-from data.shards import Dataset, open_dataset
+from data.loader import micro_batch, open_data, train_order
 from data.tokenizer import token_bytes
+from eval import evaluate
 from measure import block_mask_cost
 from memory import largest_batch_size, memory_advice, training_mib
 from model import GPT, GPTConfig
@@ -108,8 +107,7 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
     changeable = ("data", "init_weights", *result_settings(config, gpt_config))
     if unknown := set(config.allow_change) - set(changeable):
         raise ValueError(f"allow_change: {', '.join(sorted(unknown))} is none of {', '.join(changeable)}")
-    if RANK >= WORLD_SIZE or (WORLD_SIZE > 1 and "MASTER_ADDR" not in os.environ):
-        raise ValueError(f"{RANK=} and {WORLD_SIZE=} in the environment are not torchrun's: unset them")
+    processes.check_variables(RANK, WORLD_SIZE)
     sequences, rest = divmod(config.total_batch_tokens // T, WORLD_SIZE)  # of each process
     if sequences == 0:
         raise ValueError(f"total_batch_tokens={config.total_batch_tokens} is less than one sequence for each of "
@@ -149,18 +147,6 @@ def print0(*words, file=None):
 # set-up
 
 
-def open_data(config: TrainConfig, gpt_config: GPTConfig) -> tuple[Dataset, Windows, Windows]:
-    """The data set and its windows for training and validation; shakespeare is prepared on first use."""
-    name = config.data.rstrip("/")
-    directory = Path(name) if "/" in name else Path("data") / name
-    if name == "shakespeare":
-        with rundir.writing(directory):
-            data.shakespeare.prepare(directory)
-    dataset = open_dataset(directory, gpt_config.vocab_size, config.verify_data)
-    windows = Windows(dataset.train, config.sequence_length), Windows(dataset.val, config.sequence_length)
-    return dataset, *windows
-
-
 def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     """
     Updates already done: of the newest valid checkpoint, 0 for a new run, max_steps for one that is finished but has
@@ -188,30 +174,6 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     return begun["step"] if newest else config.max_steps
 
 
-def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes, hosts, interrupted) -> dict:
-    """
-    {"val_loss": mean nats per token over the first n_windows windows, "bits_per_byte": of their text}, or {} as soon as
-    `interrupted` says so, in all processes. text_bytes: bytes of text of each token id, int64 (V,), or None if the
-    tokenizer is not known; then bits per byte is None. Without torch.no_grad, since the graph compiled for training
-    serves as it is; one for no_grad would be compiled for 20 s.
-    """
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-    batches = val_batches(windows, n_windows, batch_size, RANK, WORLD_SIZE)
-    for _ in range(0, n_windows, batch_size * WORLD_SIZE):
-        if interrupted():
-            return {}
-        for inputs, targets in islice(batches, 1):  # none, where another process has the last one
-            with autocast:  # .item() at once: a loss that is kept keeps its activations
-                loss = model(inputs.to(device), targets.to(device))[1].item()
-            targets = targets[targets >= 0]
-            n_bytes = 0 if text_bytes is None else text_bytes[targets].sum()
-            sums += torch.tensor([loss * len(targets), len(targets), n_bytes])
-    if WORLD_SIZE > 1:
-        dist.all_reduce(sums, group=hosts)
-    nats, tokens, n_bytes = sums.tolist()
-    return {"val_loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None}
-
-
 # -----------------------------------------------------------------------------
 # training
 
@@ -224,7 +186,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
 
     # --- data, then the run directory: nothing is written before the data is known to be good ---
     rundir.check_writable(run.path)
-    dataset, train_windows, val_windows = open_data(config, gpt_config)
+    dataset, train_windows, val_windows = open_data(config.data, T, gpt_config.vocab_size, config.verify_data)
     dtype = machine.matmul_dtype(device, config.dtype)
     settings = result_settings(config, gpt_config) | {"data": dataset.fingerprint, "dtype": str(dtype)}
     weights_from = None
@@ -333,7 +295,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
 
     def evaluation(step: int) -> dict:
         """As `evaluate`. The last one of a run is not interrupted, since no step would follow to make up for it."""
-        found = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes, others.hosts,
+        found = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes, others,
                          interrupted if step < last_step else lambda: False)
         if found:
             print0(f"step {step}: val loss {found['val_loss']:.4f}, "

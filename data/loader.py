@@ -6,13 +6,15 @@ by one. Windows start every T tokens, so neighbours share one token; a shard of 
 
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from data.shards import Shard
+import data.shakespeare
+from data.shards import Dataset, Shard, open_dataset
 from fused import IGNORED
-from rundir import DataError
+from rundir import DataError, writing
 
 
 class Windows:
@@ -41,6 +43,22 @@ class Windows:
             tokens[row] = self.shards[shard].read(int(index - self.first[shard]) * T, T + 1)
         tokens = torch.from_numpy(tokens)
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def open_data(
+    name: str, sequence_length: int, vocab_size: int, verify: bool = False
+) -> tuple[Dataset, Windows, Windows]:
+    """The data set `name`, a folder under data/ or a path, and its windows for training and for validation.
+
+    shakespeare is prepared on first use. Raises DataError, or CannotWrite where that cannot be.
+    """
+    name = name.rstrip("/")
+    directory = Path(name) if "/" in name else Path("data") / name
+    if name == "shakespeare":
+        with writing(directory):
+            data.shakespeare.prepare(directory)
+    dataset = open_dataset(directory, vocab_size, verify)
+    return dataset, Windows(dataset.train, sequence_length), Windows(dataset.val, sequence_length)
 
 
 @functools.lru_cache(maxsize=2)  # a step reads from one epoch, or from two where it crosses into the next

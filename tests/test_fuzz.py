@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 import bench
 import checkpoint
+import eval
+import hellaswag
 import rundir
 import sample
 import test_memory
@@ -88,6 +90,7 @@ NAMES = {
     "train": [*train_gpt2.TrainConfig.__dataclass_fields__, *GPTConfig.__dataclass_fields__, "dry_run",
               "no_dry_run", "no_pre_norm", "no_wandb", "list"],
     "sample": list(sample.SampleConfig.__dataclass_fields__),
+    "eval": list(eval.EvalConfig.__dataclass_fields__),
     "bench": [*bench.BenchConfig.__dataclass_fields__, *GPTConfig.__dataclass_fields__],
     "memory": list(test_memory.MemoryConfig.__dataclass_fields__),
 }
@@ -96,12 +99,14 @@ VALID = {
               "--total_batch_tokens", "128", "--learning_rate", "0.01", "--warmup_steps", "2", "--val_tokens", "64"],
     "sample": ["--run", "run", "--device", "cpu", "--prompt", "!", "--n_samples", "2", "--temperature", "0.5",
                "--top_p", "0.9", "--max_new_tokens", "3"],
+    "eval": ["--run", "run", "--device", "cpu", "--val_tokens", "64", "--batch_size", "2", "--hellaswag", "file"],
     "bench": ["--model", "tiny", "--device", "cpu", "--batch_size", "2", "--compare", "--model=tiny --n_head 4",
               "--steps", "2", "--dtype", "float32"],
     "memory": ["--model", "tiny", "--device", "cpu", "--sequence_lengths", "64", "128", "--window_sizes", "8", "16",
                "--tokens", "128", "--head_dim", "16"],
 }
-MAINS = {"train": train_gpt2.main, "sample": sample.main, "bench": bench.main, "memory": test_memory.main}
+MAINS = {"train": train_gpt2.main, "sample": sample.main, "eval": eval.main, "bench": bench.main,
+         "memory": test_memory.main}
 
 
 @st.composite
@@ -167,7 +172,7 @@ def test_options(place, nothing_begins, command_line):
     command, line = command_line
     before = small.tree(place.directory)
     code, err = call(MAINS[command], line)
-    check(code, err, ("accepted", 0, 2, 4) if command == "sample" else ("accepted", 0, 2, 5))
+    check(code, err, ("accepted", 0, 2, 4) if command in ("sample", "eval") else ("accepted", 0, 2, 5))
     assert small.tree(place.directory) == before
 
 
@@ -257,6 +262,18 @@ def pristine(place, path: Path) -> bytes:
     return (place.directory.with_name("as_it_was") / path.relative_to(place.directory)).read_bytes()
 
 
+@fuzz(200, data=st.data())
+def test_hellaswag(tmp_path_factory, data):
+    """Examples of it, or one line that says which line is none."""
+    path = tmp_path_factory.getbasetemp() / "hellaswag.jsonl"
+    path.write_bytes(contents(data.draw, b'{"ctx": "A", "endings": ["b", "c", "d", "e"], "label": 0}'))
+    try:
+        examples = hellaswag.read(path)
+        assert len(examples.rows) == 4 * len(examples.labels) > 0 and examples.n_bytes.min() > 0
+    except rundir.DataError as error:
+        one_line(str(error))
+
+
 NAIVE = {  # (a file, what one does with it who believes it)
     "manifest.json": lambda value: [value[name]["bytes"] + len(value[name]["sha256"]) for name in checkpoint.FILES],
     "state.json": lambda value: (value["step"] + 1, GPTConfig(**value["model_config"]), value["settings"].items()),
@@ -311,6 +328,7 @@ def test_state_of_a_checkpoint(place, data):
     (path.parent / "manifest.json").write_text(json.dumps(entries(path.parent)))
     options = ["--run", "run", "--device", "cpu", "--prompt", "!", "--max_new_tokens", "1"]
     check(*call(sample.main, options), (0, 2, 4))
+    check(*call(eval.main, ["--run", "run", "--device", "cpu"]), (0, 2, 4, 7))
     check(*call(train_gpt2.main, place.options(**SMALL)), (0, 2))
     reset(place)
 

@@ -32,6 +32,7 @@ import rundir
 import train_gpt2
 from compiling import compiles
 from configs.recipes import TrainConfig
+from data import loader
 from data.shards import write_shard
 from data.tokenizer import gpt2
 from memory import MIB, memory_advice, training_need
@@ -533,13 +534,13 @@ def test_a_second_ctrl_c_ends_at_once(runs, monkeypatch):
 
 
 def test_a_signal_before_the_first_step_waits_for_it(runs, monkeypatch):
-    open_dataset = train_gpt2.open_dataset
+    open_dataset = loader.open_dataset
 
     def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
         return open_dataset(*arguments, **options)
 
-    monkeypatch.setattr(train_gpt2, "open_dataset", interrupted)
+    monkeypatch.setattr(loader, "open_dataset", interrupted)
     assert runs(save_every=6) == 75
     assert steps(runs.path) == [1] and status(runs.path)["code"] == 75
 
