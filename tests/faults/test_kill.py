@@ -28,16 +28,19 @@ SEED = int(os.environ.get("FAULTS_SEED", random.SystemRandom().randrange(10**6))
 class Place:
     """Trials in a directory of their own, with common data."""
 
-    def __init__(self, directory, data):
+    def __init__(self, directory, data, **changes):
         directory.mkdir(exist_ok=True)
-        self.runs = small.Runs(directory, data)
+        self.runs, self.changes = small.Runs(directory, data), changes
         self.path, self.out = self.runs.path, directory / "out"
 
+    def options(self) -> list[str]:
+        return self.runs.options(**OPTIONS | self.changes)
+
     def run(self, fault="none", arguments=(), control=False) -> int:
-        return trial.run(self.runs.options(**OPTIONS), self.out, fault, arguments, control)
+        return trial.run(self.options(), self.out, fault, arguments, control)
 
     def start(self, control=False):
-        return trial.start(self.runs.options(**OPTIONS), self.out, control=control)
+        return trial.start(self.options(), self.out, control=control)
 
     def operations(self) -> list[trial.Operation]:
         """Of the last trial."""
@@ -419,15 +422,21 @@ def naive_power_loss(whole, place, counts):
     assert failed == [state != "full" for state in STATES]
 
 
-def test_the_same_faults_end_naive_runs(whole, place):
+@pytest.mark.parametrize("kind", ["a new run", "a resumed run"])
+def test_the_same_faults_end_naive_runs(whole, place, kind):
     """The control: where a save in place is killed, the run that goes on fails or ends with other bits."""
-    shutil.rmtree(place.runs.out_dir, ignore_errors=True)
+    def prepare():
+        shutil.rmtree(place.runs.out_dir, ignore_errors=True)
+        if kind == "a resumed run":
+            assert trial.run([*place.options(), "--stop_after", "2"], place.out, control=True) == 0
+
+    prepare()
     place.finish(whole, control=True)
     operations = place.operations()
-    with row("kill -9 at every file operation, a new run") as counts:
+    with row(f"kill -9 at every file operation, {kind}") as counts:
         for at in targets(operations):
             if "step-00000004" in operations[at[0] - 1].path:
-                shutil.rmtree(place.runs.out_dir)
+                prepare()
                 assert place.run("kill_at", at, control=True) == -9
                 counts.control(naive_fails(place, whole))
         assert counts.naive_failed > counts.naive_tried / 2
@@ -466,8 +475,7 @@ def test_error_at_every_operation(whole, place, number):
             counts.survived += codes[-1] == 0
             counts.detected += codes[-1] == 5  # and the same command, with a disk that works, ends as it should
         assert codes.count(0) > codes.count(5) > 2
-        if number == errno.ENOSPC:
-            naive_errors(whole, place, number, counts)
+        naive_errors(whole, place, number, counts)
 
 
 def naive_errors(whole, place, number, counts):
@@ -549,30 +557,42 @@ def kill_at_random(place, generator, seconds, control=False) -> bool:
     return process.exitcode == -9
 
 
+NAIVE_COMMAND = f"""import sys
+sys.path[:0] = [{str(small.ROOT)!r}]
+from tests.faults import naive
+naive.install()
+import train_gpt2
+train_gpt2.rundir.leave(train_gpt2.main(sys.argv[2:]))"""
+
+
+def kill_the_command(place, generator, *launcher) -> bool:
+    """Whether `python train_gpt2.py` was killed, after some steps, and not already at its end."""
+    process = place.runs.start(*launcher, **OPTIONS | place.changes)
+    small.wait_for(process, "val loss")
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=generator.uniform(0, 0.3))
+    process.kill()
+    killed = process.wait() == -9
+    process.stdout.close()
+    return killed
+
+
 def test_the_real_command_at_random_instants(whole, tmp_path):
-    """`python train_gpt2.py` in a process of its own, four times in a run, each time after some steps."""
+    """In a process of its own, four times in a run; the control once."""
     print(f"FAULTS_SEED={SEED}")
-    options = OPTIONS | {"max_steps": 400, "val_every": 3, "save_every": 5}
-    generator = random.Random(SEED)
+    longer = {"max_steps": 400, "val_every": 3, "save_every": 5}
+    expected, generator = Place(tmp_path / "whole", whole.runs.data, **longer), random.Random(SEED)
+    assert expected.run() == 0
     with row("kill -9 of the real command") as counts:
         for i in range(trial.SCALE):
-            place = Place(tmp_path / f"{i}", whole.runs.data)
-            killed = 0
-            for _ in range(4):
-                process = place.runs.start(**options)
-                small.wait_for(process, "val loss")
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=generator.uniform(0, 0.3))
-                process.kill()
-                killed += process.wait() == -9
-                process.stdout.close()
+            place = Place(tmp_path / f"{i}", whole.runs.data, **longer)
+            killed = sum(kill_the_command(place, generator) for _ in range(4))
             counts.injected += killed
-            n_steps = len(small.metrics(place.path)[:-1])
-            assert 0 < n_steps < 400
-            process = place.runs.start(**options)
+            assert killed == 4 and 0 < len(small.metrics(place.path)[:-1]) < 400
+            process = place.runs.start(**OPTIONS | longer)
             assert process.communicate()[0] and process.returncode == 0
-            expected = Place(tmp_path / f"whole {i}", whole.runs.data)
-            assert trial.run(expected.runs.options(**options), expected.out) == 0
             assert_same_result(place.path, expected.path)
             counts.survived += killed
-        assert counts.injected == 4 * trial.SCALE
+            control = Place(tmp_path / f"control {i}", whole.runs.data, **longer)
+            if kill_the_command(control, generator, "-c", NAIVE_COMMAND):
+                counts.control(naive_fails(control, expected))
