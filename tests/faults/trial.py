@@ -81,8 +81,8 @@ class Operation(NamedTuple):
 
 def operations(out: Path) -> list[Operation]:
     """What the last trial with this `out` did to files."""
-    found = []
-    for line in out.with_suffix(".operations").read_text().splitlines():
+    found, log = [], out.with_suffix(".operations")
+    for line in log.read_text().splitlines() if log.exists() else []:  # else it was killed before it could
         n, name, n_bytes, paths = line.split(" ", 3)
         found.append(Operation(int(n), name, int(n_bytes), *paths.split("\t")))
     return found
