@@ -317,6 +317,7 @@ def test_sigkill_of_torchrun_before_its_processes_have_begun(place, n_processes)
     assert not place.path.exists()
 
 
+@pytest.mark.skipif(SCALE == 1, reason="FAULTS_SCALE is 1")
 def test_without_the_watch_torchrun_leaves_orphans(place):
     """The control."""
     with row("SIGKILL of torchrun, one process of 2 stopped") as counts:
