@@ -18,6 +18,10 @@ class Row:
         self.fault, self.injected, self.survived, self.detected = fault, 0, 0, 0
         self.naive_tried, self.naive_failed, self.skipped, self.longest_s = 0, 0, 0, 0.0
 
+    def measured(self, what: str):
+        """Instead of a trial that survived or was detected, where the end is neither: a part of the row's name."""
+        self.fault, self.injected = f"{self.fault}: {what}", self.injected - 1
+
     def took(self, seconds: float):
         """From a fault to the end of what it was to end."""
         self.longest_s = max(self.longest_s, seconds)

@@ -220,7 +220,7 @@ def test_every_damage_is_found(stopped, place, kind):
 @pytest.mark.parametrize("kind", [*CHANGES, *DIRECTORIES])
 def test_the_run_goes_on_from_the_older_checkpoint(stopped, whole, place, kind):
     with row("checkpoint damaged in any of these ways: the run goes on") as counts:
-        for generator in generators(12, kind, "run"):
+        for generator in generators(6, kind, "run"):
             place.again(stopped)
             damage(kind, place.checkpoint(6), place.checkpoint(4), generator)
             counts.injected += 1
@@ -372,7 +372,7 @@ def test_a_shard_truncated_while_running(known_data, place):
     first = next(one.n for one in place.operations() if one.name == "open" and "metrics" in one.path)
     last = len(place.operations())
     with row("shard: truncated while running") as counts:
-        for generator in generators(30, "truncated while running"):
+        for generator in generators(16, "truncated while running"):
             prepare()
             shard = place.data / generator.choice(SHARDS)
             n_bytes = generator.choice([0, HEADER_BYTES, generator.randrange(shard.stat().st_size)])

@@ -10,7 +10,7 @@ from small import metrics, status, steps, tensors
 
 import checkpoint
 from tests.faults.table import row
-from tests.faults.test_processes import place, wholes  # noqa: F401 (fixtures)
+from tests.faults.test_processes import LONG, place, wholes  # noqa: F401 (fixtures)
 
 FAULT = "NaN or infinity in loss, gradient or weight, in one process or in one of two"
 WEIGHT = "transformer.h.0.mlp.c_fc.weight"
@@ -20,10 +20,10 @@ POISONS = {  # what is named first
 }
 
 
-@pytest.mark.parametrize("factor", ["nan", "inf"])
+@pytest.mark.parametrize(("step", "factor"), [  # a step with a save after it, and one without
+    (4, "nan"), (5, "inf"), pytest.param(4, "inf", marks=LONG), pytest.param(5, "nan", marks=LONG)])
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("ranks", [(2, 1), (2, 0), (1, 0)], ids=["rank 1 of 2", "rank 0 of 2", "alone"])
-@pytest.mark.parametrize("step", [4, 5])  # one with a save after it, and one without
 def test_not_finite(place, wholes, ranks, poison, factor, step):  # noqa: F811
     n, rank = ranks
     changes = {"batch_size": 2 // n, "total_batch_tokens": 2 * 2 * 32}

@@ -19,6 +19,8 @@ import torch
 import checkpoint
 import data.text
 import data.tokenizer
+import finite
+import replay
 import sample
 from data.shards import DataError, run_command
 from tests.faults.table import row
@@ -105,7 +107,10 @@ def drop(request, tmp_path):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """Runs with a run in it that has two checkpoints and two steps to do, on data that is called GPT-2's."""
+    """
+    A run that has two checkpoints and two steps to do, one that is finished and one for replay.py, on data that is
+    called GPT-2's.
+    """
     runs = small.Runs.__new__(small.Runs)
     runs.directory = tmp_path_factory.mktemp("stopped")
     runs.data, runs.out_dir = runs.directory / "data", runs.directory / "runs"
@@ -113,6 +118,10 @@ def stopped(tmp_path_factory):
     small.make_data(runs.data, tokenizer="gpt2")
     assert runs(**SMALL, stop_after=6) == 0
     assert runs(**SMALL | {"save_every": 0}, run_name="finished") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finite, "first_not_finite", lambda tensors: next(iter(tensors)))
+        patch.chdir(runs.directory)
+        assert runs(**SMALL, run_name="not_finite", data="./data") == 6
     return runs
 
 
@@ -126,18 +135,24 @@ PLACES |= {f"data/{name}": [f"data/{name}"] for name in ("manifest.json", "train
 PLACES["what is no reason to stop"] = HARMLESS
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_in_runs_and_data(stopped, tmp_path, drop, capfd, place):
-    """Sampling, a new run from these weights, training that goes on, and one that is finished."""
+def dropped(stopped, tmp_path, drop, names, fits):
+    """A copy of all with the payload in these files, and the path of the last; fits: its manifest is made to."""
     shutil.copytree(stopped.directory, tmp_path / "here")
     runs = small.Runs(tmp_path / "here")
-    for name in PLACES[place]:
+    for name in names:
         drop(path := runs.directory / name)
-    if "fits" in place:
+    if fits:
         manifest = json.loads((path.parent / "manifest.json").read_text())
         content = path.read_bytes()
         manifest[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         (path.parent / "manifest.json").write_text(json.dumps(manifest))
+    return runs, path
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_in_runs_and_data(stopped, tmp_path, drop, capfd, place):
+    """Sampling, a new run from these weights, training that goes on, and one that is finished."""
+    runs, path = dropped(stopped, tmp_path, drop, PLACES[place], fits="fits" in place)
     codes = []
     if "step-" in path.parent.name or place == "what is no reason to stop":
         codes.append(small.call(sample.main, ["--run", str(runs.path), "--prompt", "!", "--max_new_tokens", "2"]))
@@ -149,6 +164,25 @@ def test_in_runs_and_data(stopped, tmp_path, drop, capfd, place):
     assert drop.did_not_run() and "Traceback" not in err, err[-2000:]
     expected = [7] if len(codes) == 1 else [0, 0, 0, 2] if len(codes) == 4 else [0, 0, 0]  # by the older checkpoint
     assert codes == expected, err[-2000:]
+
+
+KEPT = "runs/not_finite/not-finite/step-00000002"
+REPLAYED = {name: ([f"{KEPT}/{name}"], 4) for name in (*checkpoint.FILES, "manifest.json")}
+REPLAYED |= {f"{name}, with a manifest that fits": REPLAYED[name] for name in checkpoint.FILES}
+REPLAYED |= {name: (PLACES[name], 7) for name in PLACES if name.startswith("data/") and "val" not in name}
+REPLAYED["what is not read"] = [f"{KEPT}/model.pt", f"{KEPT}/pytorch_model.bin", "runs/not_finite/config.json",
+                                "runs/not_finite/status.json", "runs/not_finite/source.diff"], 0
+
+
+@pytest.mark.parametrize("place", REPLAYED)
+def test_in_what_is_replayed(stopped, tmp_path, drop, capfd, monkeypatch, place):
+    names, expected = REPLAYED[place]
+    runs, _ = dropped(stopped, tmp_path, drop, names, fits="fits" in place)
+    monkeypatch.chdir(runs.directory)  # where its data are
+    code = small.call(replay.main, ["--run", "not_finite", "--out_dir", str(runs.out_dir), "--device", "cpu"])
+    err = capfd.readouterr().err
+    assert drop.did_not_run() and "Traceback" not in err, err[-2000:]
+    assert code == expected and (code == 0 or err.startswith("error: ")), err[-2000:]
 
 
 @pytest.mark.parametrize("name", ["text.txt", "text.jsonl", "text.jsonl.gz", "text.txt.xz", "text.jsonl.zst"])

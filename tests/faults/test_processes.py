@@ -7,6 +7,7 @@ FAULTS_SCALE times as many random instants, and from 2 on what takes long; FAULT
 import itertools
 import os
 import random
+import re
 import shutil
 import time
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_sigterm(place, wholes, where, step, to):
     with row(f"SIGTERM to one or all of 2 processes in {where}") as counts:
         counts.injected += 1
         ranks = place.start(2, rank=0 if where == "save" else to[0], place=where, step=step, signals=["SIGTERM"], to=to)
-        place.check_gone(ranks, ranks.injected(), MARGIN_S + 1.0)  # step and save take 0.1 s
+        counts.took(place.check_gone(ranks, ranks.injected(), MARGIN_S + 1.0))  # step and save take 0.1 s
         place.check_stopped(ranks, 2, step)
         place.finish(2, wholes[2].path)
         counts.survived += 1
@@ -118,7 +119,7 @@ def test_sigterm_where_everything_is_slow(place, wholes, where):
     with row("SIGTERM where steps take 1 s, saves 2 s, evaluations 6 s") as counts:
         counts.injected += 1
         ranks = place.start(2, place=where, step=step, rank=0, to=[1], signals=["SIGTERM"], slow=slow, changes=changes)
-        place.check_gone(ranks, ranks.injected(), 1.0 + 2 * 1.0 + MARGIN_S)
+        counts.took(place.check_gone(ranks, ranks.injected(), 1.0 + 2 * 1.0 + MARGIN_S))
         place.check_stopped(ranks, 2, step)
         if where == "evaluation":
             assert status(place.path)["step"] == 3 and "val_loss" not in metrics(place.path)[2]
@@ -137,7 +138,7 @@ def test_sigterm_at_random_instants(place, wholes, i):
         counts.injected += 1
         since, to = time.time(), generator.choice([[0], [1], [0, 1]])
         ranks.signal("SIGTERM", to)
-        place.check_gone(ranks, since, MARGIN_S + 1.0)
+        counts.took(place.check_gone(ranks, since, MARGIN_S + 1.0))
         codes = ranks.wait()
         assert codes in ([STOPPED] * 2, [0, 0]), ranks.said()[-3000:]
         if codes[0] == STOPPED:
@@ -178,7 +179,7 @@ def test_sigkill_of_a_process(place, wholes, at):
         counts.injected += 1
         ranks = place.start(3, place=where, step=step, rank=rank, to=killed, signals=["SIGKILL"],
                             slow={where: 8.0} if slow else {})
-        place.check_gone(ranks, ranks.injected())
+        counts.took(place.check_gone(ranks, ranks.injected()))
         check_lost(ranks, killed)
         if 0 not in killed:
             reason = {"reason": f"process {killed[0]} is gone", "code": LOST}
@@ -198,7 +199,7 @@ def test_sigkill_at_random_instants(place, wholes, i):
         counts.injected += 1
         since, killed = time.time(), generator.randrange(3)
         ranks.signal("SIGKILL", [killed])
-        place.check_gone(ranks, since)
+        counts.took(place.check_gone(ranks, since))
         place.finish(3, wholes[3].path)
         counts.survived += 1
 
@@ -214,17 +215,21 @@ def test_without_the_watch_processes_outlive_one_that_is_gone(place, where):
         counts.control(True)
 
 
-@pytest.mark.parametrize(("rank", "where", "step"), [(0, "save", 4), pytest.param(1, "forward", 5, marks=LONG)])
-def test_max_restarts(place, wholes, rank, where, step):
-    with row("SIGKILL of one of 2 processes under torchrun --max-restarts 1") as counts:
+@pytest.mark.parametrize(("signal", "rank", "where", "step"), [
+    ("SIGKILL", 0, "save", 4), pytest.param("SIGKILL", 1, "forward", 5, marks=LONG),
+    pytest.param("SIGTERM", 1, "forward", 3, marks=LONG)])  # all save and end with 75, a failure to torchrun
+def test_max_restarts(place, wholes, signal, rank, where, step):
+    with row(f"{signal} to one of 2 processes under torchrun --max-restarts 1: all start again") as counts:
         counts.injected += 1
-        ranks = place.start(2, ["--max-restarts", "1"], rank=rank, place=where, step=step, signals=["SIGKILL"])
+        ranks = place.start(2, ["--max-restarts", "1"], rank=rank, place=where, step=step, signals=[signal])
         since = ranks.injected()
         first = ranks.pids()
         ranks.wait_until(lambda: not any(alive(pid) for pid in first), since + GONE_S - time.time())
+        counts.took(time.time() - since)
         assert ranks.wait(90) == [0], ranks.said()[-3000:]
-        resumed = place.path / checkpoint.directory_name(step - 2 if where == "save" else 4)
-        assert f"resuming from {resumed}" in ranks.said()
+        resumed = re.findall(r"resuming from .*step-(\d+)", ranks.said())
+        newest = {"save": [step - 2], "forward": [step - 1] if signal == "SIGKILL" else [step, step + 1]}[where]
+        assert len(resumed) == 1 and int(resumed[0]) in newest, ranks.said()[-3000:]
         assert_same_result(place.path, wholes[2].path)
         counts.survived += 1
 
@@ -276,7 +281,7 @@ def test_hang_under_torchrun(place, fault):
         counts.injected += 1
         ranks = place.start(2, ["--max-restarts", "0"], changes={"hang_timeout_s": HANG_S}, rank=1, place="forward",
                             step=3, signals=[fault])
-        place.check_gone(ranks, ranks.injected(), HANG_S + 2.0 + 30.0 * (fault == "SIGSTOP"))
+        counts.took(place.check_gone(ranks, ranks.injected(), HANG_S + 2.0 + 30.0 * (fault == "SIGSTOP")))
         assert ranks.wait() == [1]
         assert "error: process 1 hangs" in ranks.said()
         assert status(place.path)["code"] == LOST and "process 1 hangs" in status(place.path)["reason"]
@@ -295,7 +300,7 @@ def test_sigkill_of_torchrun(place, wholes):
                             slow={"forward": 0.5})
         ranks.injected()
         ranks.launcher.kill()
-        place.check_gone(ranks, time.time())
+        counts.took(place.check_gone(ranks, time.time()))
         place.finish(2, wholes[2].path)
         counts.survived += 1
 
@@ -312,6 +317,7 @@ def test_sigkill_of_torchrun_before_its_processes_have_begun(place, n_processes)
     assert not place.path.exists()
 
 
+@pytest.mark.skipif(SCALE == 1, reason="FAULTS_SCALE is 1")
 def test_without_the_watch_torchrun_leaves_orphans(place):
     """The control."""
     with row("SIGKILL of torchrun, one process of 2 stopped") as counts:
@@ -358,10 +364,9 @@ def test_number_of_processes_changes(place, wholes, sizes, batch_size):
         whole = Place(place.runs.directory / "whole", place.runs.data)
         assert whole.start(1, changes=changes).wait() == [0]
         relative = difference(place.path, whole.path)
+        assert relative < 1e-3
         if batch_size == 2:
             assert_same_result(place.path, whole.path)
             counts.survived += 1
-        elif relative < 1e-3:
-            counts.fault += f": the same batches, weights that differ by {relative:.0e} of their norm"
-            counts.detected += 1
-        assert relative < 1e-3
+        else:
+            counts.measured(f"the same batches, weights that differ by {relative:.0e} of their norm")

@@ -49,6 +49,15 @@ def test_a_trial_that_ends_a_test_has_failed(recorded):
     assert a["failed"] == 1 and cells(a)[1:4] == ["1050, **1 failed**", "1049", "0"] and cells(a)[5] == "0.45%"
 
 
+def test_what_is_measured_is_no_trial(recorded):
+    with row("a") as counts:
+        counts.injected += 1
+        counts.measured("1e-07")
+        counts.control(True)
+    (a,) = publish.add_up(recorded())
+    assert cells(a)[:6] == ["a: 1e-07", "0", "0", "0", "1 of 1 failed", "-"]
+
+
 def test_what_is_skipped_is_counted(recorded):
     for _ in range(2):
         with pytest.raises(pytest.skip.Exception), row("a"):

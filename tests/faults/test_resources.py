@@ -38,8 +38,13 @@ def assert_nothing_is_lost(place, whole, code):  # noqa: F811
     assert all(checkpoint.find_fault(path) is None for path in found)
 
 
+ON_SMALL_DISKS = {"test_disks_of_20_sizes": "a disk of 20 sizes",
+                  "test_a_read_only_disk": "a place that cannot be written to",
+                  "test_a_disk_that_has_room_again": "a disk that is full at one save"}
+
+
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(request, tmp_path):
     """A directory on a disk of its own, whose KiB can be changed."""
     path = tmp_path / "disk"
     path.mkdir()
@@ -49,7 +54,7 @@ def small_disk(tmp_path):
         return subprocess.run(command, capture_output=True).returncode
 
     if shutil.which("mount") is None or resize(4, option=""):
-        with row("a disk of 20 sizes"):
+        with row(ON_SMALL_DISKS[request.node.name]):
             pytest.skip("mounting a file system needs rights that this process does not have")
     yield path, resize
     subprocess.run(["umount", "-l", path], check=True)
