@@ -227,7 +227,7 @@ def test_the_order_in_which_files_are_made_safe(whole, place):
     place.finish(whole)
     operations = place.operations()
     names = [os.path.basename(one.to) for one in operations if one.name in ("rename", "replace")]
-    assert names == ["config.json", "metrics.jsonl", *map(checkpoint.directory_name, (2, 4, 6)),
+    assert names == ["config.json", "config.json", "metrics.jsonl", *map(checkpoint.directory_name, (2, 4, 6)),
                      ".removing-step-00000002", "status.json"]
     assert out_of_order(operations) == []
     unseen = [one for one in operations
