@@ -35,6 +35,14 @@ def write_text(path: Path, text: str) -> None:
     fsync(path.parent)
 
 
+def read_text(path: Path) -> str:
+    """The file's text, with marks for what is not UTF-8; "" if it cannot be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def write_hashed(path: Path, parts: Iterable) -> dict:
     """
     A new file of these bytes, or what has them, that is on the disk on return; {"bytes", "sha256"} of what was to be

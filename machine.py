@@ -1,5 +1,6 @@
 """What the machine offers: the device, its precision, its peak rate, and which attention kernel really ran."""
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -7,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from files import read_text
 
 # Dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets; the longest name that fits counts.
 PEAK_BF16_FLOPS = {
@@ -152,6 +155,28 @@ def versions(device: torch.device) -> dict[str, str]:
     """What a figure depends on: hardware and software, by name."""
     return {"device": device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda or "",
             "python": platform.python_version()}
+
+
+DRIVER = r"NVRM version.*?\s(\d+\.[\d.]+)"  # in /proc/driver/nvidia/version
+
+
+def environment(device: torch.device) -> dict:
+    """What a run's figures may depend on beyond `versions`; None for what the system does not say."""
+    driver, processor, here = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo"), Path(__file__).parent
+    pinned = re.findall(r"^([\w.-]+)==", read_text(here / "requirements.txt"), re.MULTILINE)
+    installed = {found.name: found.version for found in importlib.metadata.distributions()
+                 if found.name.replace("-", "_") in pinned}
+    return {"gpus": torch.cuda.device_count() if device.type == "cuda" else 0,
+            "driver": first(DRIVER, read_text(driver)) if device.type == "cuda" else None,
+            "cpu": first(r"model name\s*: (.*)", read_text(processor)) or platform.processor() or None,
+            "cpu_cores": os.cpu_count(), "system": platform.system(), "architecture": platform.machine(),
+            "packages": dict(sorted(installed.items()))}
+
+
+def first(pattern: str, text: str) -> str | None:
+    """What the first group of the pattern finds."""
+    found = re.search(pattern, text)
+    return found[1] if found else None
 
 
 def describe(device: torch.device) -> str:

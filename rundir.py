@@ -1,8 +1,9 @@
 """
 One run's directory: its lock, config, metrics and status, and the signals that end a run in good order.
 
-runs/<run_name>/ holds config.json, source.diff (git commit and changes), metrics.jsonl (one line per update),
-status.json (reason, step and exit code of the last end), and the checkpoints step-*/.
+runs/<run_name>/ holds config.json (settings, machine, data, kernels), source.diff (git commit and changes),
+metrics.jsonl (one line per update), status.json (reason, step and exit code of the last end), and the checkpoints
+step-*/. compare.py --card shows all of it.
 """
 
 import fcntl
@@ -18,7 +19,7 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from files import fsync, write_all, write_json, write_text
+from files import fsync, read_text, write_all, write_json, write_text
 
 # exit codes
 DONE = 0
@@ -120,12 +121,17 @@ class RunDir:
         """
         with writing(self.path):
             if step == 0:
-                write_json(self.path / "config.json", config)
+                write_json(self.path / "config.json", config)  # without the kernels, which are not known yet
             source = self.path / (f"source-{step:08d}.diff" if step else "source.diff")
             source.write_bytes(git("rev-parse", "HEAD") + git("diff", "HEAD"))
             fsync(source)
             (self.path / "status.json").unlink(missing_ok=True)  # of the end before this one
         self.begun = True
+
+    def describe(self, config: dict, step: int):
+        """config.json again, now complete; of a run that goes on after `step` updates, config-<step>.json."""
+        with writing(self.path):
+            write_json(self.path / (f"config-{step:08d}.json" if step else "config.json"), config)
 
     def open_metrics(self, step: int) -> float:
         """
@@ -200,10 +206,7 @@ def has_lines(path: Path) -> bool:
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file; {} if the file is missing or damaged."""
-    try:
-        return parse_object(path.read_text(errors="replace"))
-    except OSError:
-        return {}
+    return parse_object(read_text(path))
 
 
 def parse_object(text: str) -> dict:

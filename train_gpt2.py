@@ -217,7 +217,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         return "", rundir.DONE
     described = {"settings": settings, "model_config": asdict(gpt_config), "train_config": asdict(config),
                  "batch_size": batch_size, "processes": WORLD_SIZE, "tokenizer": dataset.tokenizer,
-                 "versions": machine.versions(device)}
+                 "shards": dataset.hashes, "versions": machine.versions(device),
+                 "environment": machine.environment(device)}
     if RANK == 0:
         run.begin(described, start)
         checkpoint.tidy(run.path, start)
@@ -269,7 +270,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
            + (f" (val_tokens={config.val_tokens:,} is more than there are)" if config.val_tokens > n_val_total else ""))
 
     # --- one rehearsal, thrown away: it compiles, and shows which attention kernels really run ---
-    kernels = set(model.choose_kernels(T, device, dtype)) & KERNEL_NAMES.keys()
+    *chosen, parts = model.choose_kernels(T, device, dtype)
+    kernels = set(chosen) & KERNEL_NAMES.keys()
 
     def rehearse():  # DDP puts its buckets in order after the first sum, and sums over more than two depend on that
         forward_backward(inputs, targets, synchronize=True)
@@ -285,6 +287,10 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     if kernels and found != (meant := ", ".join(sorted({KERNEL_NAMES[k] for k in kernels}))):
         raise SlowPath(f"attention ran in {found}, not in {meant}")
     machine.reset_peak(device)
+    described |= {"val_targets": n_val * T, "kernels": {"attention": found, "window_backend": chosen[0], "parts": parts,
+                  "compiled": compiles(config.compile, device), "dtype": str(dtype).removeprefix("torch.")}}
+    if RANK == 0:
+        run.describe(described, start)
 
     # --- evaluation: every so often, or now, if a signal cut short the one of the step that was saved ---
     def interrupted() -> bool:

@@ -134,6 +134,11 @@ class Dataset:
         lines = (f"{shard['split']} {shard['file']} {shard['sha256']}\n" for shard in self.manifest["shards"])
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hex sha256 of each shard by file name."""
+        return {shard["file"]: shard["sha256"] for shard in self.manifest["shards"]}
+
 
 def open_dataset(directory: Path | str, vocab_size: int | None = None, verify: bool = False) -> Dataset:
     """Open the data set in `directory`; build its manifest if it has none.

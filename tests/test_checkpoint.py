@@ -348,7 +348,7 @@ def test_layout(runs):
     state = json.loads((place / "state.json").read_text())
     assert state["step"] == 10 and state["model_config"]["n_embd"] == 64 and state["train_config"]["max_steps"] == 12
     assert set(state) == {"step", "settings", "model_config", "train_config", "batch_size", "processes", "tokenizer",
-                          "versions"}
+                          "shards", "versions", "environment", "val_targets", "kernels"}
     manifest = json.loads((place / "manifest.json").read_text())
     assert sorted(manifest) == files[1:]
     for name, entry in manifest.items():

@@ -232,7 +232,7 @@ def test_the_order_in_which_files_are_made_safe(whole, place):
     place.finish(whole)
     operations = place.operations()
     names = [os.path.basename(one.to) for one in operations if one.name in ("rename", "replace")]
-    assert names == ["config.json", "metrics.jsonl", *map(checkpoint.directory_name, (2, 4, 6)),
+    assert names == ["config.json", "config.json", "metrics.jsonl", *map(checkpoint.directory_name, (2, 4, 6)),
                      ".removing-step-00000002", "status.json"]
     assert out_of_order(operations) == []
     unseen = [one for one in operations
@@ -474,7 +474,7 @@ def test_error_at_every_operation(whole, place, number):
             place.finish(whole, left=[".removing-step-00000002"])
             counts.survived += codes[-1] == 0
             counts.detected += codes[-1] == 5  # and the same command, with a disk that works, ends as it should
-        assert codes.count(0) > codes.count(5) > 2
+        assert min(codes.count(0), codes.count(5)) > 2
         naive_errors(whole, place, number, counts)
 
 

@@ -1,0 +1,124 @@
+"""
+Plots of compare.py: small PNG files. A band reaches from the lowest to the highest seed. A loss above 1.25 ln V, a
+quarter more than that of a model that guesses, is drawn there; a run that diverged has a cross at the top.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from results import Group, group_runs
+from rundir import writing
+
+RATES = ("learning_rate", "muon_learning_rate")
+FEW = 10  # groups that the standard colours can tell apart
+
+
+def plot_all(groups: list[Group], folder: Path):
+    """loss_over_tokens.png, loss_over_time.png, stability.png, and one for each learning rate that is not constant."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        plot_loss(groups, "tokens", "training tokens", folder / "loss_over_tokens.png")
+        plot_loss(groups, "time_s", "training time, s", folder / "loss_over_time.png")
+        plot_stability(groups, folder / "stability.png")
+        for name in RATES:
+            if len({group.runs[0].settings.get(name) for group in groups} - {None}) > 1:
+                plot_rates(groups, name, folder / f"{name}.png")
+
+
+def colour(i: int, n: int):
+    return f"C{i}" if n <= FEW else colormaps["viridis"](i / (n - 1))
+
+
+def figure(n_labels: int, n_panels: int = 1):
+    """(Figure, its panels one above the other), with room for a legend below."""
+    canvas = Figure((6.4, 1 + 3 * n_panels + 0.2 * min(n_labels, 2 * FEW)), layout="constrained", dpi=100)
+    return canvas, canvas.subplots(n_panels, 1, sharex=True, squeeze=False)[:, 0]
+
+
+def cut(losses, group: Group):
+    """A run that diverges has losses of 1e20 before it ends."""
+    return np.minimum(losses, 1.25 * math.log(group.runs[0].gpt_config.vocab_size))
+
+
+def finish(canvas, axes, path: Path):
+    """Grid, a legend of what has a label, and the file."""
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        if "tokens" in panel.get_xlabel():
+            panel.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    handles, labels = axes[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=1 if max(map(len, labels), default=0) > 35 else 2,
+                  fontsize=8)
+    canvas.savefig(path, pil_kwargs={"optimize": True})
+
+
+def plot_loss(groups: list[Group], axis: str, name: str, path: Path):
+    """Validation loss at each evaluation, the mean of the seeds that came to it."""
+    canvas, axes = figure(len(groups))
+    for i, group in enumerate(groups):
+        curves = {}  # (x, loss) of each run, by step
+        for run in group.runs:
+            for step, x, loss in zip(*map(run.evaluations, ("step", axis, "val_loss")), strict=True):
+                curves.setdefault(step, []).append((x, cut(loss, group)))
+        points = [np.array(curves[step]) for step in sorted(curves)]
+        x, mean = [point[:, 0].mean() for point in points], [point[:, 1].mean() for point in points]
+        look = {"color": colour(i, len(groups)), "label": f"{group.label}, {len(group.runs)} seeds"}
+        axes[0].plot(x, mean, ".-", markersize=4, **look)
+        axes[0].fill_between(x, [point[:, 1].min() for point in points], [point[:, 1].max() for point in points],
+                             color=look["color"], alpha=0.2, linewidth=0)
+        for run in group.runs:
+            if run.diverged and len(run.log[axis]):
+                axes[0].plot(run.log[axis][-1], 0.97, "x", color=look["color"], transform=axes[0].get_xaxis_transform())
+    axes[0].set(xlabel=name, ylabel="validation loss, nats", title="Mean and range of the seeds (x: diverged)")
+    finish(canvas, axes, path)
+
+
+def plot_stability(groups: list[Group], path: Path):
+    """Training loss with its spikes, and the gradient norm, of every run."""
+    canvas, axes = figure(len(groups), n_panels=2)
+    largest = max((np.nanmax(run.log["grad_norm"]) for group in groups for run in group.sound), default=math.inf)
+    for i, group in enumerate(groups):
+        for n, run in enumerate(group.runs):
+            look = {"color": colour(i, len(groups)), "linewidth": 0.6, "alpha": 0.8}
+            total = f"{group.label}, {sum(run.spikes.sum() for run in group.runs)} loss spikes"
+            tokens, loss, where = run.log["tokens"], cut(run.log["loss"], group), run.spikes
+            axes[0].plot(tokens, loss, **look, label=None if n else total)
+            axes[0].plot(tokens[where], loss[where], "v", color=look["color"], markersize=5)
+            axes[1].plot(tokens, np.minimum(run.log["grad_norm"], 3 * largest), **look)
+    axes[0].set(ylabel="training loss, nats", title="Every run; triangles are loss spikes")
+    axes[1].set(ylabel="gradient norm, before clipping", xlabel="training tokens", yscale="log")
+    finish(canvas, axes, path)
+
+
+def plot_rates(groups: list[Group], name: str, path: Path):
+    """
+    Validation loss at equal tokens over the learning rate, a line for each group that differs in nothing else. A rate
+    at which runs diverged has a cross at the top with their number, and a point for those that did not, if any.
+    """
+    runs = [run for group in groups for run in group.runs]
+    tokens = min((run.evaluations("tokens")[-1] for run in runs if not run.diverged), default=0)
+    lines = group_runs(runs, ignore=("seed", name))
+    canvas, axes = figure(len(lines))
+    for i, line in enumerate(lines):
+        x, losses, look = [], [], {"color": colour(i, len(lines))}
+        for group in sorted(group_runs(line.runs), key=lambda group: group.runs[0].settings[name]):
+            rate = group.runs[0].settings[name]
+            if group.sound:
+                x.append(rate)
+                losses.append(cut([run.at("tokens", tokens) for run in group.sound], group))
+            if group.n_diverged:
+                y, above = 0.97 - 0.05 * i, {"transform": axes[0].get_xaxis_transform()} | look  # y: of the height
+                axes[0].plot(rate, y, "x", **above)
+                axes[0].text(rate, y, f"  {group.n_diverged} of {len(group.runs)}", fontsize=7, va="center", **above)
+        axes[0].plot(x, [np.mean(group) for group in losses], "o-", markersize=4, **look, label=line.label)
+        axes[0].fill_between(x, [min(group) for group in losses], [max(group) for group in losses], alpha=0.2,
+                             linewidth=0, **look)
+    axes[0].set(xscale="log", xlabel=name.replace("_", " "), ylabel="validation loss, nats",
+                title=f"After {tokens:,.0f} tokens: mean and range of the seeds (x: diverged)")
+    axes[0].margins(0.1, 0.1 + 0.03 * len(lines))
+    finish(canvas, axes, path)

@@ -1,0 +1,280 @@
+"""
+What the directory of a run says about it, which runs can be compared, and which differ in their seed only.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs.recipes import RESULT_FIELDS, TrainConfig
+from configs.variants import model_name
+from files import read_text
+from model import GPT, GPTConfig
+from rundir import DONE, NOT_FINITE, BadOption, is_row, parse_object, read_json
+
+SPIKE_WINDOW, SPIKE_START, SPIKE_DEVIATIONS = 50, 20, 7  # steps, steps, standard deviations
+MAD_TO_STD = 1.4826  # of a normal distribution: standard deviation / median absolute deviation
+NEEDED = {  # of config.json
+    "settings": {"data": str, "seed": int, "sequence_length": int, "max_steps": int, "total_batch_tokens": int,
+                 "init_from": str | None},
+    "train_config": {"data": str, "val_tokens": int}, "versions": {"device": str}, "model_config": {},
+}
+COLUMNS = ("step", "tokens", "time_s", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu", "peak_mib",
+           "val_loss", "bits_per_byte")
+
+
+@dataclass
+class Run:
+    """A run, finished or not."""
+
+    path: Path
+    config: dict
+    """config.json"""
+    status: dict
+    """status.json; {} while the run goes on, or after a kill"""
+    gpt_config: GPTConfig
+    log: dict[str, np.ndarray]
+    """metrics.jsonl by column, float64 (updates,), nan where there is no value; and flops, spent since the start"""
+    not_finite: bool
+    """whether a loss or gradient norm in metrics.jsonl is null"""
+    notes: list[str]
+    """what one has to know before one believes it"""
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def settings(self) -> dict:
+        """What the result depends on, apart from seed and data; what an older version did not have is as by default."""
+        begun = self.config["settings"]
+        names = [name for name in RESULT_FIELDS if name not in ("recipe", "data", "seed")]
+        return {name: begun.get(name, getattr(TrainConfig, name)) for name in names} | asdict(self.gpt_config)
+
+    @property
+    def seed(self) -> int:
+        return self.config["settings"]["seed"]
+
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
+        return Path(self.config["train_config"]["data"]).name
+
+    @property
+    def val_targets(self) -> int:
+        return self.config.get("val_targets", self.config["train_config"]["val_tokens"])
+
+    @property
+    def diverged(self) -> bool:
+        """A loss, a gradient or the weights were not finite."""
+        return self.not_finite or self.status.get("code") == NOT_FINITE
+
+    @property
+    def end(self) -> str:
+        """How and where it ended, in words."""
+        reason = str(self.status.get("reason") or "no status.json: it goes on, or was killed").split(";")[0]
+        step = int(self.log["step"][-1]) if len(self.log["step"]) else 0
+        return f"step {step} of {self.settings['max_steps']}, {reason}"
+
+    @property
+    def finished(self) -> bool:
+        return self.status.get("reason") == "finished" and self.status.get("code") == DONE
+
+    @functools.cached_property
+    def spikes(self) -> np.ndarray:
+        return spikes(self.log["loss"])
+
+    def evaluations(self, column: str) -> np.ndarray:
+        """The column where the validation loss was measured."""
+        return self.log[column][np.isfinite(self.log["val_loss"])]
+
+    def at(self, axis: str, x: float, column: str = "val_loss") -> float:
+        """
+        The column when tokens, time_s or flops were x: by tokens that of the last evaluation at or before, as it was
+        measured; by the others on the straight line between the evaluations beside x. nan before the first one.
+        """
+        places, values = self.evaluations(axis), self.evaluations(column)
+        if axis == "tokens" and (places <= x).any():
+            return float(values[places <= x][-1])
+        return float(np.interp(x, places, values, left=math.nan)) if len(places) else math.nan
+
+    def reaches(self, loss: float) -> tuple[float, float]:
+        """
+        (Tokens, time_s) when the validation loss first was that low, on the straight line between the evaluations
+        before and after; (nan, nan) if it never was. A run that is below at its first evaluation counts from there.
+        """
+        losses = self.evaluations("val_loss")
+        if not (losses <= loss).any():
+            return math.nan, math.nan
+        i = int(np.argmax(losses <= loss))
+        part = (losses[i - 1] - loss) / (losses[i - 1] - losses[i]) if i else 1.0
+        return tuple(float(x[max(i - 1, 0)] + part * (x[i] - x[max(i - 1, 0)]))
+                     for x in (self.evaluations("tokens"), self.evaluations("time_s")))
+
+
+def spikes(loss: np.ndarray) -> np.ndarray:
+    """
+    Where a loss spike begins, bool (updates,): steps in a row whose training loss is more than 7 standard deviations
+    above the median of the up to 50 steps before. The standard deviation is that of the noise from step to step, 1.4826
+    times the median of its absolute differences over sqrt(2), which neither a falling loss nor earlier spikes move.
+    None begins in the first 20 steps. After the spike score of OLMo 2 (arXiv 2501.00656), which takes mean and standard
+    deviation of 1,000 steps: more than many runs here have.
+    """
+    above = np.zeros(len(loss), dtype=bool)
+    for i in range(SPIKE_START, len(loss)):
+        before = loss[max(0, i - SPIKE_WINDOW) : i]
+        noise = MAD_TO_STD * finite_median(abs(np.diff(before))) / math.sqrt(2)
+        above[i] = loss[i] > finite_median(before) + SPIKE_DEVIATIONS * noise
+    return above & ~np.roll(above, 1)
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+
+def find_runs(names: Iterable[str], out_dir: str) -> list[Path]:
+    """
+    Directories of runs: named under out_dir, or by path, or all that a folder holds. BadOption, with the known ones,
+    for a name that is none of these.
+    """
+    found = []
+    for name in names:
+        place = next((path for path in (Path(out_dir) / name, Path(name)) if path.is_dir()), None)
+        inside = [] if place is None else [place] if (place / "metrics.jsonl").exists() else runs_in(place)
+        if place and not inside and (place / "config.json").exists():  # a run before its first update
+            inside = [place]
+        if not inside:
+            known = ", ".join(path.name for path in runs_in(Path(out_dir))) or "none"
+            raise BadOption(f"no run {name!r}, and no folder with runs in it. In {out_dir}: {known}")
+        found += inside
+    return list({path.resolve(): path for path in found}.values())
+
+
+def runs_in(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+
+
+def read_run(path: Path) -> Run:
+    """BadOption if config.json is missing, damaged, or of another version."""
+    config = read_json(path / "config.json")
+    try:
+        for part, names in NEEDED.items():
+            for name, kind in names.items():
+                if not isinstance(config[part][name], kind):
+                    raise TypeError(f"{name}={config[part][name]!r}")
+        settings = {name: value for name, value in config["settings"].items() if name in RESULT_FIELDS}
+        TrainConfig(**settings)  # refuses values that are out of range, or of another type
+        if not isinstance(config.get("val_targets", 0), int):
+            raise TypeError(f"val_targets={config['val_targets']!r}")
+        gpt_config = GPTConfig(**config["model_config"])
+        flops_per_token = model_size(gpt_config, config["settings"]["sequence_length"])[1]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadOption(f"{path / 'config.json'} is missing, damaged or of another version: {error}") from error
+    lines = read_text(path / "metrics.jsonl").splitlines()
+    rows = [row for n, row in enumerate(map(parse_object, lines), 1) if is_row(row, n)]
+    log = {name: np.array([number(row.get(name)) for row in rows]) for name in COLUMNS}
+    log["flops"] = log["tokens"] * flops_per_token
+    not_finite = any(name in row and math.isnan(number(row[name])) for row in rows
+                     for name in ("loss", "grad_norm", "val_loss"))
+    notes = []
+    if n_left_out := len(lines) - len(rows):
+        notes.append(f"{path.name}: {n_left_out} of {len(lines)} lines of metrics.jsonl left out: cut off or damaged")
+    for later in sorted(path.glob("config-*.json")):
+        then = read_json(later)
+        changed = [name for name in ("settings", "versions", "processes") if then.get(name) != config.get(name)]
+        if changed:
+            notes.append(f"{path.name}: went on with other {' and '.join(changed)}, see {later.name}")
+    return Run(path, config, read_json(path / "status.json"), gpt_config, log, not_finite, notes)
+
+
+def number(value) -> float:
+    """nan for what is none; infinity counts as none."""
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else math.nan
+
+
+def finite_median(values: np.ndarray) -> float:
+    """Of what is finite; nan if nothing is."""
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else math.nan
+
+
+@functools.cache
+def model_size(config: GPTConfig, T: int) -> tuple[int, int]:
+    """(Parameters, FLOPs per token at sequence length T)."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return model.num_params(), model.flops_per_token(T)
+
+
+# -----------------------------------------------------------------------------
+# what belongs together
+
+
+def check_comparable(runs: list[Run]):
+    """BadOption, with the reason, unless the validation losses of these runs measure the same."""
+    seen = {}
+    for run in runs:
+        ended = f"({run.status['reason']})" if run.status.get("reason") else "(it has just begun, or was killed)"
+        if not len(run.log["step"]) and not run.diverged:
+            raise BadOption(f"{run.path / 'metrics.jsonl'} has no update in it {ended}")
+        if not len(run.evaluations("step")) and not run.diverged:
+            raise BadOption(f"{run.path} has no validation loss {ended}: a run is evaluated every --val_every steps")
+        twin = seen.setdefault((json.dumps(run.settings, sort_keys=True), run.seed), run)
+        if twin is not run:
+            raise BadOption(f"{twin.path} and {run.path} have the same settings and seed: name one of them, for a "
+                            "repetition is not another seed")
+    same = {"were trained on different data": lambda run: run.config["settings"]["data"],
+            "have different tokenizers": lambda run: run.config.get("tokenizer"),
+            "have different sequence lengths": lambda run: run.config["settings"]["sequence_length"],
+            "were validated on different numbers of targets": lambda run: run.val_targets}
+    for what, value in same.items():
+        other = next((run for run in runs if value(run) != value(runs[0])), None)
+        if other:
+            raise BadOption(f"{runs[0].path} and {other.path} {what} ({value(runs[0])!s:.16} and "
+                            f"{value(other)!s:.16}): their validation losses cannot be compared")
+
+
+@dataclass
+class Group:
+    """Runs that differ in nothing but their seed."""
+
+    label: str
+    """what sets it apart from the other groups"""
+    runs: list[Run]
+
+    @property
+    def sound(self) -> list[Run]:
+        return [run for run in self.runs if not run.diverged]
+
+    @property
+    def n_diverged(self) -> int:
+        return len(self.runs) - len(self.sound)
+
+
+def setting_words(name: str, value) -> str:
+    """Of a directory only its name."""
+    return Path(value).name if name == "init_from" and value else str(value)
+
+
+def group_runs(runs: list[Run], ignore: tuple[str, ...] = ("seed",)) -> list[Group]:
+    """In the order of their first runs. ignore: settings in which the runs of a group may differ."""
+    members = {}
+    for run in runs:
+        key = {name: value for name, value in run.settings.items() if name not in ignore}
+        members.setdefault(json.dumps(key, sort_keys=True), []).append(run)
+    firsts = [group[0] for group in members.values()]
+    differing = [name for name in firsts[0].settings if name in RESULT_FIELDS and name not in ignore
+                 and any(run.settings[name] != firsts[0].settings[name] for run in firsts)]
+    names = [model_name(run.gpt_config) for run in firsts]
+
+    def label(run: Run) -> str:
+        parts = [f"{name}={setting_words(name, run.settings[name])}" for name in differing]
+        return "-".join([model_name(run.gpt_config)] * (len(set(names)) > 1 or not parts) + parts)
+
+    return [Group(label(group[0]), group) for group in members.values()]

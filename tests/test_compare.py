@@ -1,0 +1,477 @@
+"""compare.py on hand-made runs with known answers, and on real small ones."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from small import VOCAB, Runs, call, make_data, metrics, words
+from small import runs as runs  # a fixture
+
+import compare
+import machine
+import train_gpt2
+from configs.recipes import RESULT_FIELDS, TrainConfig
+from configs.variants import model_name
+from model import GPT, GPTConfig
+from results import find_runs, group_runs, read_run, spikes
+
+BATCH = 1000  # tokens of an update
+WIDE = {"n_layer": 1, "n_head": 2, "n_embd": 96, "vocab_size": VOCAB}
+SMALL = WIDE | {"n_embd": 64}
+
+
+def write_run(path, val_losses, seed=0, step_s=1.0, val_every=10, losses=None, model=SMALL, status="finished", code=0,
+              data="a" * 64, tokenizer="gpt2", sequence_length=40, val_tokens=64, device="CPU", **settings):
+    """A run with these validation losses, None for not finite, every `val_every` updates of `step_s` seconds."""
+    path.mkdir(parents=True)
+    n = len(val_losses) * val_every
+    usual = {name: getattr(TrainConfig, name) for name in RESULT_FIELDS if name not in ("recipe", "data")}
+    settings = usual | {"seed": seed, "max_steps": n, "total_batch_tokens": BATCH, "data": data,
+                        "sequence_length": sequence_length, "warmup_steps": 1} | settings
+    config = {"settings": settings | model, "model_config": model, "tokenizer": tokenizer, "processes": 1,
+              "train_config": {"data": "/somewhere/texts", "val_tokens": val_tokens}, "versions": {"device": device}}
+    rows = []
+    for step in range(1, n + 1):
+        row = {"step": step, "tokens": step * BATCH, "time_s": step * step_s, "loss": 5.0, "lr": 1e-3, "grad_norm": 1.0,
+               "step_ms": 1000 * step_s, "tokens_per_s": BATCH / step_s, "mfu": None, "peak_mib": None}
+        if losses is not None:
+            row["loss"] = losses[step - 1]
+        if step % val_every == 0:
+            loss = val_losses[step // val_every - 1]
+            row |= {"val_loss": loss, "bits_per_byte": loss and loss / 4}
+        rows.append(json.dumps(row) + "\n")
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "metrics.jsonl").write_text("".join(rows))
+    if status:
+        (path / "status.json").write_text(json.dumps({"reason": status, "step": n, "code": code}))
+    return path
+
+
+def run_compare(capsys, *arguments) -> SimpleNamespace:
+    code = call(compare.main, [str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return SimpleNamespace(code=code, out=out, err=err)
+
+
+def numbers(capsys, folder, *arguments) -> dict:
+    """What --json has of all runs in the folder."""
+    found = run_compare(capsys, folder, "--json", folder / "numbers.json", *arguments)
+    assert found.code == 0, found.err
+    return json.loads((folder / "numbers.json").read_text())
+
+
+def refused(capsys, *arguments) -> str:
+    found = run_compare(capsys, *arguments)
+    assert found.code == 2 and found.out == "" and found.err.count("\n") == 1 and found.err.startswith("error: ")
+    return found.err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two groups of three seeds: wide is lower by 0.1 at each evaluation, and takes twice the time for a step."""
+    for seed, offset in enumerate((0.0, 0.01, 0.03)):
+        write_run(tmp_path / f"small{seed}", [5 + offset, 4 + offset], seed)
+        write_run(tmp_path / f"wide{seed}", [4.9 + 1.1 * offset, 3.9 + 1.1 * offset], seed, step_s=2.0, model=WIDE)
+    return tmp_path
+
+
+# -----------------------------------------------------------------------------
+# points of comparison
+
+
+def test_equal_tokens_time_and_flops(capsys, folder):
+    """
+    By hand: wide is at 10,000 tokens after 20 s, where small ends with 4.0; small's end in FLOPs lies between wide's
+    evaluations, at the part of its way that the FLOPs per token say.
+    """
+    found = numbers(capsys, folder)["at_equal"]
+    small, wide = (GPT(GPTConfig(**model)).flops_per_token(40) for model in (SMALL, WIDE))
+    assert found["tokens"]["at"] == 20_000 and found["time_s"]["at"] == 20 and found["flops"]["at"] == 20_000 * small
+    by_axis = {axis: [row["val_loss"]["0"] for row in found[axis]["groups"]] for axis in found}
+    assert by_axis["tokens"] == [4.0, 3.9] and by_axis["time_s"] == [4.0, 4.9]
+    assert small < wide < 2 * small and by_axis["flops"][0] == 4.0
+    assert by_axis["flops"][1] == pytest.approx(4.9 - 1.0 * (20_000 * small - 10_000 * wide) / (10_000 * wide))
+    row = found["time_s"]["groups"][1]
+    assert row["schedule"] == pytest.approx(0.5) and row["tokens_per_s"] == 500 and row["seeds"] == 3
+    assert row["bits_per_byte"] == pytest.approx(row["mean"] / 4)
+
+
+def test_between_evaluations_time_is_interpolated_and_tokens_are_not(tmp_path, capsys):
+    write_run(tmp_path / "a", [5.0, 4.0, 3.0], step_s=1.0, val_every=10)  # evaluated after 10, 20, 30 s
+    write_run(tmp_path / "b", [6.0, 5.0], step_s=1.0, val_every=13, learning_rate=1.0)  # 13 and 26
+    found = numbers(capsys, tmp_path)["at_equal"]
+    assert found["tokens"]["at"] == 26_000 and found["time_s"]["at"] == 26
+    assert [row["mean"] for row in found["tokens"]["groups"]] == [4.0, 5.0]
+    assert [row["mean"] for row in found["time_s"]["groups"]] == [pytest.approx(3.4), 5.0]
+
+
+def test_before_the_first_evaluation_there_is_no_loss(tmp_path, capsys):
+    write_run(tmp_path / "fast", [5.0, 4.0], step_s=0.1)
+    write_run(tmp_path / "slow", [5.0, 4.0], step_s=1.0, learning_rate=1.0)
+    write_run(tmp_path / "slow, but for one seed", [5.0, 4.0], step_s=0.15, seed=1, learning_rate=1.0)
+    found = run_compare(capsys, tmp_path)
+    assert "No p-value for `learning_rate=1.0`: no loss at this point." in found.out
+    assert "nan" not in found.out
+    found = numbers(capsys, tmp_path)["at_equal"]["time_s"]
+    assert [row["mean"] for row in found["groups"]] == [4.0, None]
+
+
+def test_the_table_says_what_scipy_says(capsys, folder):
+    from scipy import stats
+
+    found = numbers(capsys, folder)["at_equal"]["tokens"]
+    small, wide = [4.0, 4.01, 4.03], [3.9, 3.911, 3.933]
+    assert [row["mean"] for row in found["groups"]] == [pytest.approx(np.mean(x)) for x in (small, wide)]
+    assert [row["std"] for row in found["groups"]] == [pytest.approx(np.std(x, ddof=1)) for x in (small, wide)]
+    row = found["against"][0]
+    assert row["p"] == row["p_holm"] == pytest.approx(stats.ttest_ind(wide, small, equal_var=False).pvalue)
+    assert row["paired_p"] == pytest.approx(stats.ttest_rel(wide, small).pvalue) and row["verdict"] == "better"
+    out = run_compare(capsys, folder).out
+    assert "4.0133 ± 0.0153" in out and "| 3 | " in out and f"{row['p']:.2g}" in out
+    assert f"({row['low']:+.4f} to {row['high']:+.4f})" in out
+
+
+@pytest.mark.parametrize("name", ["d1_2heads_96wide-vocab_size=512", "wide2"])
+def test_baseline(capsys, folder, name):
+    row = numbers(capsys, folder, "--baseline", name)["at_equal"]["tokens"]["against"][0]
+    assert row["verdict"] == "worse" and row["difference"] > 0
+
+
+def test_unknown_baseline(capsys, folder):
+    error = refused(capsys, folder, "--baseline", "nope")
+    assert "nope" in error and "d1_2heads_96wide" in error
+
+
+def test_target_loss(capsys, folder):
+    """small goes from 5.0 to 4.0 between 10 and 20 s; wide, by then at 4.9 and 3.9, in twice that time."""
+    found = numbers(capsys, folder, "--target_loss", 4.5)
+    assert [row["reached"] for row in found["reaching"]] == [3, 3]
+    small = [15 + 10 * offset for offset in (0, 0.01, 0.03)]
+    assert found["reaching"][0]["time_s"] == pytest.approx(np.mean(small))
+    assert found["reaching"][0]["tokens"] == pytest.approx(1000 * np.mean(small))
+    assert found["reaching"][1]["time_s_from"] == pytest.approx(28)
+    reached = numbers(capsys, folder, "--target_loss", 4.02)["reaching"]
+    assert [row["reached"] for row in reached] == [2, 3]
+    assert run_compare(capsys, folder, "--target_loss", 3.95).out.count("not reached") == 1
+    first = numbers(capsys, folder, "--target_loss", 6)["reaching"][0]
+    assert first["tokens"] == 10_000 and first["time_s"] == 10  # where it was first looked
+
+
+# -----------------------------------------------------------------------------
+# groups
+
+
+def test_groups_and_labels(tmp_path):
+    for seed in (0, 1):
+        for rate in (1e-3, 3e-3):
+            for post_norm in (False, True):
+                write_run(tmp_path / f"{seed}{rate}{post_norm}", [4.0], seed, learning_rate=rate,
+                          model=SMALL | {"post_norm": post_norm})
+    runs = [read_run(path) for path in find_runs([str(tmp_path)], "runs")]
+    names = [model_name(GPTConfig(**SMALL, post_norm=post_norm)) for post_norm in (False, True)]
+    labels = {group.label: [run.seed for run in group.runs] for group in group_runs(runs)}
+    assert labels == {f"{name}-learning_rate={rate}": [0, 1] for name in names for rate in (1e-3, 3e-3)}
+    one_model = [run for run in runs if not run.gpt_config.post_norm]
+    assert [group.label for group in group_runs(one_model)] == ["learning_rate=0.001", "learning_rate=0.003"]
+    assert [group.label for group in group_runs(one_model[:1])] == [names[0]]
+    by_rate = group_runs(runs, ignore=("seed", "learning_rate"))
+    assert [group.label for group in by_rate] == names
+
+
+def test_an_older_run_has_the_defaults_of_what_it_does_not_say(tmp_path):
+    new, old = write_run(tmp_path / "new", [4.0]), write_run(tmp_path / "old", [4.0], seed=1)
+    config = json.loads((old / "config.json").read_text())
+    del config["settings"]["schedule"], config["settings"]["vocab_size"]
+    (old / "config.json").write_text(json.dumps(config))
+    assert len(group_runs([read_run(new), read_run(old)])) == 1
+
+
+def test_names_paths_and_folders(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    expected = [folder / name for name in ("small0", "small1", "small2", "wide0", "wide1", "wide2")]
+    assert [path.resolve() for path in find_runs([folder.name], "runs")] == expected
+    assert find_runs(["small1", str(folder / "small1"), str(folder / "wide0")], str(folder)) == [
+        folder / "small1", folder / "wide0"]
+    (folder / "no run").mkdir()
+    assert len(find_runs([str(folder)], "runs")) == 6
+
+
+# -----------------------------------------------------------------------------
+# what is refused, and what is said
+
+
+def test_unknown_run(capsys, folder):
+    error = refused(capsys, "small9", "--out_dir", folder)
+    assert "small9" in error and "small0, small1, small2, wide0" in error
+    (folder / "empty").mkdir()
+    refused(capsys, folder / "empty")
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"data": "b" * 64}, "different data (aaaaaaaaaaaaaaaa and bbbbbbbbbbbbbbbb)"),
+    ({"tokenizer": None}, "different tokenizers (gpt2 and None)"),
+    ({"sequence_length": 50}, "different sequence lengths (40 and 50)"),
+    ({"val_tokens": 128}, "different numbers of targets (64 and 128)")])
+def test_losses_that_cannot_be_compared(capsys, tmp_path, change, reason):
+    write_run(tmp_path / "one", [4.0])
+    write_run(tmp_path / "two", [4.0], seed=1, **change)
+    error = refused(capsys, tmp_path)
+    assert reason in error and "one" in error and "two" in error
+
+
+def test_empty_log_and_no_evaluation(capsys, tmp_path):
+    write_run(tmp_path / "good", [4.0])
+    write_run(tmp_path / "bad", [4.0], seed=1, status="out of memory", code=1)
+    (tmp_path / "bad" / "metrics.jsonl").write_text("")
+    error = refused(capsys, tmp_path)
+    assert "bad/metrics.jsonl has no update in it (out of memory)" in error
+    rows = [{key: row[key] for key in ("step", "tokens", "time_s", "loss")} for row in metrics(tmp_path / "good")]
+    (tmp_path / "bad" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "bad has no validation loss (out of memory): " in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("damage", [
+    b"", b"{", b"[]", b'{"settings": []}', b'{"settings": {"data": 1, "seed": 0}}', b"\xff", b"null", b"[" * 5000])
+def test_damaged_config(capsys, tmp_path, damage):
+    write_run(tmp_path / "good", [4.0])
+    write_run(tmp_path / "bad", [4.0], seed=1)
+    (tmp_path / "bad" / "config.json").write_bytes(damage)
+    assert "bad/config.json is missing, damaged or of another version" in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"learning_rate": "x"}, {"learning_rate": []}, {"init_from": 5}, {"total_batch_tokens": 0}, {"max_steps": True},
+    {"n_layer": {}}, {"schedule": 5}, {"dtype": None}, {"seed": -1}])
+def test_settings_of_any_content(capsys, tmp_path, change):
+    path = write_run(tmp_path / "run", [4.0], **change)
+    for options in [], ["--card"]:
+        found = run_compare(capsys, path, *options, "--plots", tmp_path / "plots")
+        assert found.code in (0, 2) and (found.code == 0 or found.err.count("\n") == 1)
+
+
+@pytest.mark.parametrize("part", ["settings", "model_config", "train_config", "versions"])
+@pytest.mark.parametrize("value", [None, 3, "x", [], {}, {"n_layer": "x", "data": 5}, {"unknown": 1}])
+def test_config_of_another_version(capsys, tmp_path, part, value):
+    path = write_run(tmp_path / "run", [4.0]) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {part: value}))
+    found = run_compare(capsys, path.parent)
+    assert (found.code, found.out) == (2, "") or (part, value) == ("model_config", {})  # the default model
+
+
+def test_the_same_run_twice_is_not_two_seeds(capsys, tmp_path):
+    write_run(tmp_path / "one", [4.0])
+    write_run(tmp_path / "again", [4.0])
+    assert "same settings and seed" in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("options", [["--target_loss", "nan"], ["--target_loss", "-1"], ["--card", "--baseline", "x"]])
+def test_bad_options(capsys, folder, options):
+    found = run_compare(capsys, folder, *options)
+    assert found.code == 2 and words(found.err)
+
+
+def test_a_cut_last_line_is_left_out_and_said(capsys, folder):
+    path = folder / "wide1" / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+    found = run_compare(capsys, folder)
+    assert found.code == 0 and "- wide1: 1 of 20 lines of metrics.jsonl left out: cut off or damaged" in found.out
+    assert "### At equal tokens: 10,000" in found.out  # the last evaluation is gone
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"step": 3, "time_s": "x"}', '{"step": 3, "time_s": 3.0, "loss": "x"}',
+                                  '{"step": 3, "time_s": 3.0, "val_loss": [1], "loss": {}}', "\x00", '{"step": 3}'])
+def test_a_damaged_line_does_not_stop_a_comparison(capsys, folder, line):
+    path = folder / "wide1" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
+    assert run_compare(capsys, folder, "--plots", folder / "plots").code == 0
+
+
+def test_unfinished_runs_and_other_machines_are_named(capsys, tmp_path):
+    write_run(tmp_path / "done", [5.0, 4.0])
+    write_run(tmp_path / "stopped", [5.0], seed=1, status="SIGTERM", code=75, max_steps=20)
+    write_run(tmp_path / "killed", [5.0], seed=2, status=None, max_steps=20, device="NVIDIA H100")
+    out = run_compare(capsys, tmp_path).out
+    assert "- unfinished: stopped (step 10 of 20, SIGTERM)" in out
+    assert "- unfinished: killed (step 10 of 20, no status.json" in out
+    assert "### At equal tokens: 10,000" in out and "different machines: 1 x CPU, 1 x NVIDIA H100" in out
+
+
+def test_a_run_that_went_on_with_other_settings_is_named(capsys, folder):
+    config = json.loads((folder / "small0" / "config.json").read_text())
+    later = folder / "small0" / "config-00000010.json"
+    later.write_text(json.dumps(config))
+    assert "went on" not in run_compare(capsys, folder).out
+    config["settings"]["learning_rate"] = 1.0
+    later.write_text(json.dumps(config))
+    assert "- small0: went on with other settings, see config-00000010.json" in run_compare(capsys, folder).out
+
+
+def test_a_single_seed_has_no_p_value(capsys, tmp_path):
+    write_run(tmp_path / "a", [4.0])
+    write_run(tmp_path / "b", [3.9], learning_rate=1.0)
+    found = run_compare(capsys, tmp_path)
+    assert "No p-value for `learning_rate=1.0`: a single seed." in found.out
+    assert "Noise floor" not in found.out and "nan" not in found.out
+    row = numbers(capsys, tmp_path)["at_equal"]["tokens"]["against"][0]
+    assert row["difference"] == pytest.approx(-0.1) and row["p"] is row["paired_p"] is row["seeds_needed"] is None
+
+
+def test_one_group_alone(capsys, tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"{seed}", [4.0 + seed], seed)
+    out = run_compare(capsys, tmp_path).out
+    assert "5.0000 ± 1.0000" in out and "against" not in out
+
+
+@pytest.mark.parametrize("how", ["null in the log", "exit code 6", "exit code 6 at the first step"])
+def test_diverged_runs_count(capsys, folder, how):
+    """They do not set the point at which all are compared, have no loss, and make the group one without a test."""
+    path = folder / "wide1"
+    lines = (path / "metrics.jsonl").read_text().splitlines()[:10]
+    if how == "null in the log":
+        lines.append(json.dumps({"step": 11, "tokens": 11 * BATCH, "time_s": 22.0, "loss": None, "grad_norm": 1.0}))
+        (path / "status.json").unlink()
+    else:
+        reason = "step 11: loss nan, gradient norm nan; the first that is not finite: somewhere; python replay.py"
+        (path / "status.json").write_text(json.dumps({"reason": reason, "step": 10, "code": 6}))
+    if "first" in how:
+        lines = []
+    (path / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    found = run_compare(capsys, folder, "--plots", folder / "plots")
+    assert found.code == 0 and found.err == ""
+    assert "3.9165 ± 0.0233, diverged 1 of 3" in found.out and "### At equal tokens: 20,000" in found.out
+    assert "- diverged: wide1" in found.out and "replay" not in found.out
+    assert "No p-value for `d1_2heads_96wide-vocab_size=512`: 1 of 3 diverged: d1_2heads_96wide" in found.out
+    assert "| 3 | 3.9165" in found.out
+    row = numbers(capsys, folder)["at_equal"]["tokens"]["against"][0]
+    assert row["p"] is None and row["verdict"] == "-"
+
+
+def test_all_diverged(capsys, tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / str(seed), [4.0, None], seed, status="step 20: loss nan", code=6)
+    found = run_compare(capsys, tmp_path, "--plots", tmp_path / "plots")
+    assert found.code == 0 and "-, diverged 2 of 2" in found.out and "nan" not in found.out.split("- diverged")[0]
+
+
+# -----------------------------------------------------------------------------
+# spikes, plots, cards
+
+
+def test_spikes():
+    rng = np.random.default_rng(0)
+    loss = 3 + 8 * np.exp(-np.arange(2000) / 200) + rng.normal(0, 0.03, 2000)  # falls as a training loss does
+    assert spikes(loss).sum() == 0
+    loss[[5, 300, 301, 1500]] += 0.5
+    loss[700] -= 0.5
+    assert np.flatnonzero(spikes(loss)).tolist() == [300, 1500]  # not among the first 20, and not downwards
+    loss[900:902] = math.nan
+    assert np.flatnonzero(spikes(loss)).tolist() == [300, 1500]
+    assert spikes(np.full(100, math.nan)).sum() == spikes(np.array([])).sum() == 0
+
+
+def test_spikes_are_counted(capsys, tmp_path):
+    losses = [5 + 0.01 * (i % 5) for i in range(60)]
+    losses[40] = 6.0
+    write_run(tmp_path / "run", [4.0], val_every=60, losses=losses)
+    assert numbers(capsys, tmp_path)["at_equal"]["tokens"]["groups"][0]["spikes"] == [1]
+    assert "1 loss spikes" in run_compare(capsys, "--card", tmp_path / "run").out
+
+
+def png_size(path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
+
+
+def test_plots(capsys, folder):
+    for rate in (1e-2, 1e-1):
+        for seed in range(2):
+            bad = seed and rate == 1e-1
+            write_run(folder / f"{rate}-{seed}", [5.0, None if bad else 4.5], seed, learning_rate=rate,
+                      status="step 20" if bad else "finished", code=6 if bad else 0)
+    assert run_compare(capsys, folder, "--plots", folder / "plots").code == 0
+    names = {path.name for path in (folder / "plots").iterdir()}
+    assert names == {"loss_over_tokens.png", "loss_over_time.png", "stability.png", "learning_rate.png"}
+    for name in names:
+        width, height = png_size(folder / "plots" / name)
+        assert 500 < width < 1000 and 300 < height < 1200 and (folder / "plots" / name).stat().st_size < 150_000
+
+
+def test_what_cannot_be_written(capsys, folder):
+    (folder / "file").touch()
+    for option in ("--plots", "--json"):
+        found = run_compare(capsys, folder, option, folder / "file" / "there")
+        assert found.code == 5 and "error: cannot write to" in found.err
+
+
+def test_card_of_a_real_run(runs, capsys, monkeypatch):
+    """All that a run records, through the real command; no path, and a second machine is named."""
+    assert runs(val_every=3, save_every=3, stop_after=3) == 0
+    monkeypatch.setattr(machine, "versions", lambda device: {"device": "another", "torch": "9"})
+    assert runs(val_every=3, save_every=3) == 0
+    capsys.readouterr()
+    found = run_compare(capsys, "--card", runs.path, "--plots", runs.out_dir)
+    assert found.code == 0
+    assert {path.name for path in runs.path.glob("*.png")} == {
+        "loss_over_tokens.png", "loss_over_time.png", "stability.png"}
+    shards = json.loads((runs.data / "manifest.json").read_text())["shards"]
+    expected = ["step 6 of 6, finished, exit code 0", "| learning_rate | 0.01 |", "768 tokens", "tyro 1",
+                "attention fused SDPA for CPU", "dtype float32", "compiled False", "(source-00000003.diff)",
+                "cpu_cores", "went on with other versions", *(f"{one['file']} | {one['sha256']}" for one in shards)]
+    assert [words for words in expected if words not in found.out] == []
+    assert f"{metrics(runs.path)[-1]['val_loss']:.4f} at step 6" in found.out
+    assert str(runs.directory) not in found.out and "nan" not in found.out
+
+
+def test_what_a_run_records(runs):
+    assert runs() == 0
+    config = json.loads((runs.path / "config.json").read_text())
+    assert config["kernels"] == {"attention": "fused SDPA for CPU", "window_backend": None, "parts": "plain",
+                                 "compiled": False, "dtype": "float32"}
+    assert config["val_targets"] == 64
+    manifest = json.loads((runs.data / "manifest.json").read_text())
+    assert config["shards"] == {one["file"]: one["sha256"] for one in manifest["shards"]}
+    environment = config["environment"]
+    assert environment["packages"]["torch"] == train_gpt2.torch.__version__ and environment["cpu_cores"] >= 1
+    pinned = {line.split("==")[0] for line in (machine.Path(machine.__file__).parent / "requirements.txt").open()}
+    assert set(environment["packages"]) == pinned and environment["gpus"] == 0 and environment["driver"] is None
+
+
+def test_driver_version():
+    for text in ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Mon Feb 12 2024\nGCC version: 12.3.0",
+                 "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.161.08  Release Build  (dvs)\n"):
+        assert machine.first(machine.DRIVER, text) == "535.161.08"
+
+
+def test_card_of_a_run_that_failed_at_once(capsys, tmp_path):
+    path = write_run(tmp_path / "run", [4.0], status="out of memory: use less", code=1)
+    (path / "metrics.jsonl").unlink()
+    (path / "source.diff").write_text("a" * 40 + "\ndiff --git a/x b/x\n--- a/x\n+++ b/x\n+one\n-two\n three\n")
+    found = run_compare(capsys, "--card", path)
+    assert found.code == 0 and "step 0 of 10, out of memory: use less, exit code 1" in found.out
+    assert f"{'a' * 40} and 2 changed lines (source.diff)" in found.out and "| updates | none |" in found.out
+    assert "/somewhere" not in found.out
+
+
+def test_real_runs(tmp_path, capsys):
+    """Two settings with two seeds each, trained and compared by the real commands."""
+    make_data(tmp_path / "data", tokenizer="gpt2")
+    runs = Runs(tmp_path)
+    for rate in (1e-4, 3e-2):
+        for seed in (0, 1):
+            assert runs(run_name=f"{rate}-{seed}", learning_rate=rate, seed=seed, val_every=3) == 0
+    capsys.readouterr()
+    found = numbers(capsys, runs.out_dir)
+    assert list(found["runs"]) == ["learning_rate=0.0001", "learning_rate=0.03"] and found["notes"] == []
+    for axis in ("tokens", "flops"):
+        last = metrics(runs.out_dir / "0.03-1")[-1]
+        assert found["at_equal"][axis]["groups"][1]["val_loss"]["1"] == pytest.approx(last["val_loss"])
+    assert found["at_equal"]["tokens"]["groups"][0]["bits_per_byte"] is not None
+    assert "At equal FLOPs: as at equal tokens" in run_compare(capsys, runs.out_dir).out
+
+
