@@ -456,7 +456,7 @@ def test_error_at_every_operation(whole, place, number):
             assert len(checkpoint.list_checkpoints(place.path)) >= min(n_saved, 2), where
             assert all(checkpoint.find_fault(path) is None for path in checkpoint.list_checkpoints(place.path)), where
         place.finish(whole, left=[".removing-step-00000002"])
-    assert codes.count(0) > codes.count(5) > 2
+    assert min(codes.count(0), codes.count(5)) > 2
     record(f"{errno.errorcode[number]} at every file operation", len(codes), codes.count(0), codes.count(5), 0, 0,
            time.time() - begun)
 
