@@ -119,7 +119,7 @@ def plan_runs(swept: dict[str, list[str]], others: list[str], slots: int | None)
     tyro's SystemExit, if train_gpt2.py would refuse one of them.
     """
     runs = {}
-    for values in product(*swept.values()):
+    for values in tqdm(list(product(*swept.values())), "checking the options", leave=False, disable=None):
         arguments = [*others, *(word for pair in zip(swept, values, strict=True) for word in option(*pair))]
         options, device = train_gpt2.parse_options(arguments)
         if options.list:
@@ -150,7 +150,10 @@ def sweep_name(swept: dict[str, list[str]], runs: list[Run]) -> str:
 
 
 def start(command: list[str], log: Path, environment: dict) -> tuple[subprocess.Popen, int]:
-    """(The process, in a session of its own, where a terminal's Ctrl-C is not heard; where its part of the log is)."""
+    """
+    (The process, in a session of its own, where a terminal's Ctrl-C is not heard; the offset of its part of the log).
+    The kernel ends it when this process is gone.
+    """
     def end_with(parent: int):
         set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != parent:  # it is gone already
@@ -256,11 +259,12 @@ def sweep(runs: list[Run], settings: dict, places: list[dict], folder: Path, sto
             for process in [process for process in running if process.poll() is not None]:
                 run, place, offset, begun = running.pop(process)
                 free.append(place)
-                path, code, entry = folder / run.name, process.returncode, index[run.name]
+                entry, code = index[run.name], process.returncode
+                reason = why(folder / run.name, folder / f"{run.name}.log", offset, code)
                 if stop.received and code == -signal.SIGTERM:  # it came before the run listened
                     code = rundir.STOPPED
-                reason = why(path, folder / f"{run.name}.log", offset, code)
-                entry |= outcome(path, code, reason) | {"seconds": entry["seconds"] + time.monotonic() - begun}
+                entry |= outcome(folder / run.name, code, reason)
+                entry["seconds"] += time.monotonic() - begun
                 batch_size = entry["halved_to"] or run.batch_size
                 if code == 1 and reason.startswith("out of memory") and batch_size > 1:
                     entry |= {"state": "waiting", "halved_to": divisors(batch_size)[1]}
@@ -309,7 +313,7 @@ def run_all(runs: list[Run], places: list[dict], folder: Path, stop: rundir.Stop
     """Checks what the runs need, holds the folder, and returns the exit code."""
     settings = {}  # nothing is made before the data is known to be good
     for run in runs:
-        rundir.check_writable(folder / f"{run.name}.log")
+        rundir.check_writable(folder / run.name)
         dataset, *_ = train_gpt2.open_data(replace(run.config, verify_data=False), run.gpt_config)
         settings[run.name] = result_settings(run.config, run.gpt_config) | {"data": dataset.fingerprint}
     held = rundir.RunDir(folder)
