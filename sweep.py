@@ -25,7 +25,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -154,7 +153,9 @@ def start(command: list[str], log: Path, environment: dict) -> tuple[subprocess.
     (The process, in a session of its own, where a terminal's Ctrl-C is not heard; the offset of its part of the log).
     The kernel ends it when this process is gone.
     """
-    def end_with(parent: int):
+    parent = os.getpid()
+
+    def end_with_parent():
         set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != parent:  # it is gone already
             os._exit(rundir.LOST)
@@ -163,7 +164,7 @@ def start(command: list[str], log: Path, environment: dict) -> tuple[subprocess.
         file.write(f"$ {shlex.join(command)}\n".encode(errors="surrogateescape"))
         file.flush()
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment,
-                                start_new_session=True, preexec_fn=partial(end_with, os.getpid())), file.tell()
+                                start_new_session=True, preexec_fn=end_with_parent), file.tell()
 
 
 def settled(path: Path, settings: dict) -> dict:

@@ -296,15 +296,6 @@ def test_out_of_memory_with_one_sequence_is_a_failure_and_the_size_is_kept(sweep
     assert len(sweeps.calls()) == 6
 
 
-def test_a_micro_batch_of_less_is_the_same_run(sweeps, monkeypatch):
-    """The real one goes on from its checkpoint with the smaller --batch_size after the one that was given."""
-    options = {"out_dir": sweeps.folder, "batch_size": 4, "save_every": 2, "run_name": "run"}
-    assert sweeps.runs(**options, stop_after=2) == 0
-    arguments = [*sweeps.runs.options(**options), "--batch_size", "2"]
-    assert call(train_gpt2.main, arguments) == 0
-    assert len(metrics(sweeps.folder / "run")) == 6
-
-
 def test_what_runs_have_in_common(sweeps, monkeypatch):
     sweeps.stub(monkeypatch, "finish()")
     monkeypatch.delenv("OMP_NUM_THREADS")
@@ -329,9 +320,13 @@ def test_what_runs_have_in_common(sweeps, monkeypatch):
 
 def test_one_run_on_each_gpu(sweeps, monkeypatch):
     sweeps.stub(monkeypatch, """
-place = run.parent / f"on {os.environ['CUDA_VISIBLE_DEVICES']}"
-os.close(os.open(place, os.O_CREAT | os.O_EXCL))  # an error where two are there
-place.unlink()
+import time
+own = run.with_name(f"on {os.environ['CUDA_VISIBLE_DEVICES']} {run.name}")
+own.touch()
+while len(found := list(run.parent.glob("on *"))) < 2 and calls.read_text().count(chr(10)) < 8:  # waits for another run
+    time.sleep(0.001)
+own.unlink()
+if len({path.name.split()[1] for path in found}) < len(found): fail(1, f"together: {found}")
 finish()
 """)
     runs, _ = sweep.plan_runs({"seed": list("01234567")}, sweeps.arguments(model="tiny", out_dir=None), None)
@@ -342,6 +337,14 @@ finish()
     assert [entry["state"] for entry in entries.values()] == ["finished"] * 8
     used = [call["environment"]["CUDA_VISIBLE_DEVICES"] for call in sweeps.calls()]
     assert sorted(used[:2]) == ["3", "5"] and len(used) == 8
+
+
+def test_a_signal_before_a_run_listens(sweeps, capfd, monkeypatch):
+    sweeps.stub(monkeypatch, "import signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()")
+    assert sweeps("--models", "tiny", "--seeds", "3") == 75
+    assert sweeps.by_seed("state") == ["stopped", "waiting", "waiting"] and len(sweeps.calls()) == 1
+    out = capfd.readouterr().out
+    assert "stopped (killed by SIGTERM)" in out and "2 waiting: tiny" in out and "the same line continues" in out
 
 
 def test_a_folder_in_use_is_refused(sweeps, capfd, monkeypatch):
@@ -406,6 +409,34 @@ def test_end_to_end(sweeps, capfd, one_thread):
     assert {path for path, found in tree(sweeps.folder).items() if before.get(path) != found} <= {
         str(sweeps.folder), str(sweeps.folder / "index.json")}
     assert sweeps.index() == index
+
+
+NO_ROOM = """
+import torch, rundir, train_gpt2
+forward = train_gpt2.GPT.forward
+
+def no_room(self, idx, targets=None):
+    if len(idx) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    return forward(self, idx, targets)
+
+train_gpt2.GPT.forward = no_room
+rundir.leave(train_gpt2.main())
+"""
+
+
+def test_out_of_memory(sweeps, capfd, monkeypatch, one_thread):
+    """A run that has no room for more than two sequences goes on with two, with the result of one told so."""
+    program = sweeps.directory / "no_room.py"
+    program.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})" + NO_ROOM)
+    monkeypatch.setattr(sweep, "PROGRAM", program)
+    options = {"learning_rate": 1e-3, "save_every": 6}
+    assert sweeps("--models", "tiny", **options) == 0
+    assert "out of memory with --batch_size 4, again with 2, at the same 128 tokens a step" in capfd.readouterr().out
+    [(run, entry)] = sweeps.index().items()
+    assert (entry["state"], entry["attempts"], entry["halved_to"]) == ("finished", 2, 2)
+    assert sweeps.runs(**options, batch_size=2) == 0
+    assert_same_result(sweeps.folder / run, sweeps.runs.path)
 
 
 def until(condition):
