@@ -10,7 +10,9 @@ most that all runs were evaluated at; the last evaluation at or before), at equa
 least at which a run was last evaluated; on the straight line between two evaluations). Training time has no
 compilation, evaluation or saving in it; FLOPs are tokens x model.flops_per_token. A run that diverged, whose loss or
 gradient was not finite, sets none of these points and has no loss, but it counts: a group with such a run is not
-tested. significance.py has the tests, results.py what a loss spike is.
+tested. Where a learning rate has three values or more, another table has its usable range, in which the loss is at most
+0.1 above the best one, and its sensitivity, the mean over the rates less the best (arXiv 2309.14322). significance.py
+has the tests, results.py what a loss spike is.
 
 Exit codes: 0 done, 2 bad option, unknown run, or runs that cannot be compared, 5 cannot write, 130 Ctrl-C.
 """
@@ -29,7 +31,18 @@ import significance
 from files import write_text
 from plots import plot_all
 from report import card, print_report
-from results import Group, Run, check_comparable, find_runs, finite_median, group_runs, read_run
+from results import (
+    RATES,
+    USABLE,
+    Group,
+    Run,
+    by_rate,
+    check_comparable,
+    find_runs,
+    finite_median,
+    group_runs,
+    read_run,
+)
 from rundir import BAD_OPTION, DONE, INTERRUPTED, BadOption, CannotWrite, writing
 
 AXES = ("tokens", "time_s", "flops")
@@ -122,6 +135,53 @@ def reaching(groups: list[Group], loss: float) -> list[dict]:
     return rows
 
 
+def usable_rates(rates: list[float], losses: list[float]) -> tuple[float, float]:
+    """
+    From where to where the loss is at most USABLE above the lowest, around that one: on the straight line between two
+    rates, by their logarithm; an end of the rates where it is so up to there.
+    """
+    x, limit = np.log(rates), min(losses) + USABLE
+    ends = []
+    for step in -1, 1:
+        i = int(np.argmin(losses))
+        while 0 <= i + step < len(x) and losses[i + step] <= limit:
+            i += step
+        inside = 0 <= i + step < len(x)  # then it crosses the limit before the next rate
+        part = (limit - losses[i]) / (losses[i + step] - losses[i]) if inside else 0.0
+        ends.append(math.exp(x[i] + part * (x[i + step] - x[i])) if inside else rates[i])
+    return tuple(ends)
+
+
+def over_rates(runs: list[Run], name: str, tokens: float) -> list[dict]:
+    """
+    How the loss after these tokens depends on this learning rate, for runs that differ in nothing else, by the seeds
+    that ran at all rates, at least three. A run that diverged has the loss of a guess, ln V; none counts as higher.
+    """
+    rows = []
+    for line, groups in by_rate(runs, name):
+        rates = [group.runs[0].settings[name] for group in groups]
+        guess, curves = math.log(line.runs[0].gpt_config.vocab_size), []
+        for seed in sorted(set.intersection(*({run.seed for run in group.runs} for group in groups))):
+            there = [next(run for run in group.runs if run.seed == seed) for group in groups]
+            losses = [guess if run.diverged else min(guess, run.at("tokens", tokens)) for run in there]
+            if all(map(math.isfinite, losses)):
+                curves.append(losses)
+        if len(rates) < 3 or not curves or np.min(curves) == guess:
+            continue
+        losses = np.mean(curves, axis=0)
+        low, high = usable_rates(rates, losses)
+        ranges = [usable_rates(rates, curve) for curve in curves]
+        rows.append({
+            "label": line.label, "seeds": len(curves), "rates": rates, "val_loss": list(map(float, losses)),
+            "best_rate": rates[int(np.argmin(losses))], "low": low, "high": high,
+            "decades": [math.log10(to / start) for start, to in ranges],
+            "sensitivity": [float(np.mean(curve) - min(curve)) for curve in curves],
+            "diverged": line.n_diverged, "runs": len(line.runs),
+            "spikes": sum(int(run.spikes.sum()) for run in line.runs),
+        })
+    return rows
+
+
 def notes(runs: list[Run]) -> list[str]:
     """What one has to know before one believes the tables."""
     found = [note for run in runs for note in run.notes]
@@ -171,6 +231,7 @@ def run(config: CompareConfig):
               "runs": {group.label: [run.name for run in group.runs] for group in groups}}
     if config.target_loss is not None:
         report |= {"target_loss": config.target_loss, "reaching": reaching(groups, config.target_loss)}
+    report["rates"] = {name: over_rates(runs, name, report["at_equal"]["tokens"]["at"]) for name in RATES}
     print_report(report, groups)
     if config.json:
         with writing(config.json):

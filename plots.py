@@ -11,10 +11,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from results import Group, group_runs
+from results import RATES, Group, by_rate
 from rundir import writing
 
-RATES = ("learning_rate", "muon_learning_rate")
 FEW = 10  # groups that the standard colours can tell apart
 
 
@@ -102,11 +101,11 @@ def plot_rates(groups: list[Group], name: str, path: Path):
     """
     runs = [run for group in groups for run in group.runs]
     tokens = min((run.evaluations("tokens")[-1] for run in runs if not run.diverged), default=0)
-    lines = group_runs(runs, ignore=("seed", name))
+    lines = by_rate(runs, name)
     canvas, axes = figure(len(lines))
-    for i, line in enumerate(lines):
+    for i, (line, rates) in enumerate(lines):
         x, losses, look = [], [], {"color": colour(i, len(lines))}
-        for group in sorted(group_runs(line.runs), key=lambda group: group.runs[0].settings[name]):
+        for group in rates:
             rate = group.runs[0].settings[name]
             if group.sound:
                 x.append(rate)

@@ -8,7 +8,7 @@ import numpy as np
 
 from configs.variants import model_name
 from files import read_text
-from results import Group, Run, finite_median, model_size, setting_words
+from results import USABLE, Group, Run, finite_median, model_size, setting_words
 from significance import MOST_SEEDS
 
 AXES = {"tokens": ("tokens", "{:,.0f}"), "time_s": ("training time", "{:,.1f} s"), "flops": ("FLOPs", "{:.4g}")}
@@ -58,6 +58,28 @@ def against_table(found: dict) -> str:
     return table(header, rows)
 
 
+def rates_table(name: str, rows: list[dict]) -> str:
+    header = [name.replace("_", " "), "seeds", "rates", "best", "loss there", "usable", "decades", "sensitivity",
+              "diverged", "loss spikes"]
+    return table(header, [
+        [f"`{row['label']}`", row["seeds"], f"{len(row['rates'])}, {row['rates'][0]:g} to {row['rates'][-1]:g}",
+         f"{row['best_rate']:g}", show(min(row["val_loss"])), ends(row), mean_and_range(row["decades"], "{:.2f}"),
+         mean_and_range(row["sensitivity"], "{:.3f}"), f"{row['diverged']} of {row['runs']}", row["spikes"]]
+        for row in rows])
+
+
+def ends(row: dict) -> str:
+    """The usable range; in words where it may be wider than the rates."""
+    low, high = row["low"], row["high"]
+    return (f"{low:.2g}" + " or less" * (low == row["rates"][0]) + f" to {high:.2g}"
+            + " or more" * (high == row["rates"][-1]))
+
+
+def mean_and_range(values: list[float], form: str) -> str:
+    words = form.format(math.fsum(values) / len(values))
+    return words + (f" ({form.format(min(values))} to {form.format(max(values))})" if len(values) > 1 else "")
+
+
 def below(found: dict) -> Iterable[str]:
     """What the tables do not say."""
     if found["freedom"]:
@@ -89,6 +111,11 @@ def print_report(report: dict, groups: list[Group]):
         if found["against"]:
             print(against_table(found))
         print("\n".join(below(found)))
+    for name, rows in report["rates"].items():
+        if rows:
+            print(f"\n### Over the {name.replace('_', ' ')}, at equal tokens\n\n{rates_table(name, rows)}")
+            print(f"Usable: the loss is at most {USABLE:g} above the best. Sensitivity: its mean over the rates less "
+                  "the best. Both as mean and range over seeds; a run that diverged counts as a guess, ln V.")
     if "target_loss" in report:
         print(f"\n### Until validation loss {report['target_loss']:g}\n")
         print(table(["", "seeds", "reached by", "tokens", "training time, s"], [

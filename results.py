@@ -25,6 +25,8 @@ NEEDED = {  # of config.json
                  "init_from": str | None},
     "train_config": {"data": str, "val_tokens": int}, "versions": {"device": str}, "model_config": {},
 }
+RATES = ("learning_rate", "muon_learning_rate")
+USABLE = 0.1  # nats above the best rate's loss
 COLUMNS = ("step", "tokens", "time_s", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu", "peak_mib",
            "val_loss", "bits_per_byte")
 
@@ -278,3 +280,9 @@ def group_runs(runs: list[Run], ignore: tuple[str, ...] = ("seed",)) -> list[Gro
         return "-".join([model_name(run.gpt_config)] * (len(set(names)) > 1 or not parts) + parts)
 
     return [Group(label(group[0]), group) for group in members.values()]
+
+
+def by_rate(runs: list[Run], name: str) -> list[tuple[Group, list[Group]]]:
+    """(All runs that differ in this learning rate and in their seed only, the same by rate from the lowest)."""
+    return [(line, sorted(group_runs(line.runs), key=lambda group: group.runs[0].settings[name]))
+            for line in group_runs(runs, ignore=("seed", name))]

@@ -359,6 +359,47 @@ def test_all_diverged(capsys, tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# over the learning rate
+
+
+def test_usable_rates_by_hand():
+    """The limit is 3.1: on the left half way between two rates, by their logarithm, on the right at a third."""
+    assert compare.usable_rates([1e-4, 1e-3, 1e-2], [3.2, 3.0, 3.3]) == pytest.approx((10**-3.5, 10 ** (-3 + 1 / 3)))
+    assert compare.usable_rates([1e-4, 1e-3, 1e-2], [3.05, 3.0, 3.1]) == (1e-4, 1e-2)  # all, so perhaps more
+    assert compare.usable_rates([1e-4, 1e-3, 1e-2, 1e-1], [3.0, 4.0, 3.0, 4.0])[1] < 1e-3  # around the first best alone
+
+
+def test_sensitivity_to_the_learning_rate(capsys, tmp_path):
+    """small: 3.2, 3.0, 3.3 with one seed, and 0.1 more with another; wide: the largest rate diverges."""
+    for i, (rate, loss) in enumerate({1e-4: 3.2, 1e-3: 3.0, 1e-2: 3.3}.items()):
+        for seed in range(2):
+            write_run(tmp_path / f"s{i}{seed}", [9, loss + 0.1 * seed], seed, learning_rate=rate)
+        write_run(tmp_path / f"w{i}", [9, None if i == 2 else loss], model=WIDE, learning_rate=rate,
+                  code=6 if i == 2 else 0)
+    write_run(tmp_path / "w3", [9, 2], seed=1, model=WIDE, learning_rate=1e-3)  # a seed that has not run at all rates
+    found = numbers(capsys, tmp_path)["rates"]
+    small, wide = found["learning_rate"]
+    assert found["muon_learning_rate"] == [] and small["label"].startswith("d1_2heads_64wide") and small["seeds"] == 2
+    assert small["val_loss"] == pytest.approx([3.25, 3.05, 3.35]) and small["best_rate"] == 1e-3
+    assert small["decades"] == pytest.approx([0.5 + 1 / 3] * 2) and small["sensitivity"] == pytest.approx([0.5 / 3] * 2)
+    guess = math.log(VOCAB)
+    assert wide["seeds"] == 1 and wide["diverged"] == 1 and wide["runs"] == 4
+    assert wide["decades"] == pytest.approx([0.5 + 0.1 / (guess - 3)])
+    assert wide["sensitivity"] == pytest.approx([(3.2 + 3.0 + guess) / 3 - 3])
+    out = run_compare(capsys, tmp_path).out
+    assert "### Over the learning rate, at equal tokens" in out and "nan" not in out
+    assert "| 2 | 3, 0.0001 to 0.01 | 0.001 | 3.0500 | 0.00032 to 0.0022 | 0.83 (0.83 to 0.83) | 0.167" in out
+
+
+def test_two_rates_or_none_that_learns_have_no_range(capsys, folder):
+    write_run(folder / "other", [9.0, 4.0], learning_rate=1.0)
+    for i in range(3):
+        write_run(folder / f"diverged{i}", [9.0, None], learning_rate=0.1**i, warmup_steps=2, code=6)
+    assert numbers(capsys, folder)["rates"]["learning_rate"] == []
+    assert "Over the learning rate" not in run_compare(capsys, folder).out
+
+
+# -----------------------------------------------------------------------------
 # spikes, plots, cards
 
 
