@@ -7,9 +7,9 @@ How fast a training step is, where its time goes, and what it would take at leas
 
 A step is that of train_gpt2.py with one micro-batch of random tokens in one process: forward and backward, clipping,
 optimizer. Its time is the median on the host's clock after a warm-up, "peak" what torch has allocated at most.
-The table has, for each kind of kernel (kernels.py), its time in a few more steps under torch's profiler, and its floor
-(floor.py). --compare takes a second setting, the first one with these options changed, and runs both in turn, A B A B.
---verify is verify.py.
+The table has, for each kind of kernel (costs/kernel_kinds.py), its time in a few more steps under torch's profiler, and
+its floor (costs/floor.py). --compare takes a second setting, the first one with these options changed, and runs both in
+turn, A B A B. --verify is kernels/verify.py.
 
 Exit codes: 0 done, 1 out of memory, a miss of --verify, or a bug (then with a traceback), 2 bad option, or torch would
 have run a slow form, 5 cannot write, 130 Ctrl-C.
@@ -28,15 +28,15 @@ import tyro
 
 import checkpoint
 import machine
-from attention import forget_compiled
-from compiling import SlowPath, compiles
 from configs.recipes import TrainConfig
 from configs.variants import model_name, variant
+from costs.floor import measure_floor
+from costs.kernel_kinds import ALL_KINDS, OPTIMIZER, profile
+from costs.measure import ratio, step_times
+from costs.memory import MIB
 from files import write_json
-from floor import measure_floor
-from kernels import ALL_KINDS, OPTIMIZER, profile
-from measure import ratio, step_times
-from memory import MIB
+from kernels.attention import forget_compiled
+from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
 from optim import make_optimizers, update
 from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, writing
@@ -63,7 +63,7 @@ class BenchConfig:
     window_backend: str | None = None
     """kernel of the sliding window; None: flex on CUDA, blocked elsewhere"""
     kernels: Literal["fused", "plain"] | None = None
-    """fused.py's, or as one reads them in model.py; None: fused on CUDA in bfloat16, else plain"""
+    """those of kernels/fused.py, or as one reads them in model.py; None: fused on CUDA in bfloat16, else plain"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the matrix products; auto: bfloat16 on GPUs that have it"""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -264,7 +264,7 @@ def run(arguments: list[str]) -> int:
     """Returns the exit code. Raises ValueError, SlowPath, CannotWrite or OutOfMemoryError."""
     configs, device = parse_options(arguments)
     if configs[0].verify:
-        import verify
+        from kernels import verify
 
         return verify.run(configs[0].device)
     check_writable(out_dir := Path(configs[0].out_dir))

@@ -11,8 +11,8 @@ least at which a run was last evaluated; on the straight line between two evalua
 compilation, evaluation or saving in it; FLOPs are tokens x model.flops_per_token. A run that diverged, whose loss or
 gradient was not finite, sets none of these points and has no loss, but it counts: a group with such a run is not
 tested. Where a learning rate has three values or more, another table has its usable range, in which the loss is at most
-0.1 above the best one, and its sensitivity, the mean over the rates less the best (arXiv 2309.14322). significance.py
-has the tests, results.py what a loss spike is.
+0.1 above the best one, and its sensitivity, the mean over the rates less the best (arXiv 2309.14322). The tests are in
+comparison/significance.py, what a loss spike is in comparison/results.py.
 
 Exit codes: 0 done, 2 bad option, unknown run, or runs that cannot be compared, 5 cannot write, 130 Ctrl-C.
 """
@@ -27,11 +27,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-import significance
-from files import write_text
-from plots import plot_all
-from report import card, print_report
-from results import (
+from comparison import significance
+from comparison.plots import plot_all
+from comparison.report import card, print_report
+from comparison.results import (
     RATES,
     USABLE,
     Group,
@@ -43,6 +42,7 @@ from results import (
     group_runs,
     read_run,
 )
+from files import write_text
 from rundir import BAD_OPTION, DONE, INTERRUPTED, BadOption, CannotWrite, writing
 
 AXES = ("tokens", "time_s", "flops")

@@ -32,12 +32,12 @@ import checkpoint
 import hellaswag
 import machine
 import processes
-from compiling import compiles
 from configs.recipes import TrainConfig
 from data.loader import open_data, val_batches
 from data.shards import locked
 from data.tokenizer import gpt2, token_bytes
 from files import write_json
+from kernels.compiling import compiles
 from rundir import BAD_OPTION, DONE, INTERRUPTED, BadOption, NotFinite, NoValidCheckpoint, leave, read_json, writing
 
 HANG_TIMEOUT_S = 600

@@ -19,7 +19,10 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import machine
-from attention import (
+from configs.variants import variant
+from costs.measure import allocations, block_mask_cost
+from costs.memory import MIB
+from kernels.attention import (
     compiled_flex,
     flex_window_attention,
     forget_compiled,
@@ -28,9 +31,6 @@ from attention import (
     window_block_mask,
     window_tables,
 )
-from configs.variants import variant
-from measure import allocations, block_mask_cost
-from memory import MIB
 from model import GPT, rotary_tables
 from rundir import BAD_OPTION
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.shards import prepare
 from data.tokenizer import gpt2
 from files import write_hashed
-from fused import IGNORED
+from kernels.fused import IGNORED
 from rundir import DataError, NotFinite, writing
 
 COMMIT = "a29ff8e9a04bba4bd6588223785ce105328adc57"

@@ -62,7 +62,7 @@ def matmul_dtype(device: torch.device, name: str = "auto") -> torch.dtype:
 def make_deterministic():
     """
     From now on only kernels that add in the same order every time, chosen by rule and not by trial, or an error from
-    torch: for attention, cublaslt.py and what torch.compile generates. To be called before the device is used.
+    torch: for attention, kernels/cublaslt.py and what torch.compile generates. To be called before the device is used.
     """
     import torch._inductor.config
 

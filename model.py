@@ -5,8 +5,8 @@ Shapes: B batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V = 
 
 To try a new attention: add a field to GPTConfig, a subclass of CausalSelfAttention with its own `attend`,
 a line in `attention_class`, and a line in configs/variants.py. The tests pick it up from there.
-The kernels that compute attention are in attention.py. On CUDA in bfloat16 fused.py computes what PLAIN names: a change
-to one of those functions needs `--kernels plain`.
+The kernels that compute attention are in kernels/attention.py. On CUDA in bfloat16 kernels/fused.py computes what PLAIN
+names: a change to one of those functions needs `--kernels plain`.
 
 GPT-2: Radford et al. 2019. Rotary embedding: arXiv 2104.09864. RMSNorm: arXiv 1910.07467.
 """
@@ -21,9 +21,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import fused
-from attention import WINDOW_ATTENTION, causal_attention, choose_window_backend, sdpa_choice, use_sdpa, window_tables
-from compiling import compile_static
+from kernels import fused
+from kernels.attention import (
+    WINDOW_ATTENTION,
+    causal_attention,
+    choose_window_backend,
+    sdpa_choice,
+    use_sdpa,
+    window_tables,
+)
+from kernels.compiling import compile_static
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -253,9 +260,9 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    config: what it computes. window_backend: what computes a window (attention.py), kernels: plain, or fused for
-    the parts in fused.py; None is the fastest, all give the same function. recompute_gelu: with fused kernels, keep
-    GELU's input alone for backward. seed: of the initial weights, drawn from a generator of their own.
+    config: what it computes. window_backend: what computes a window (kernels/attention.py), kernels: plain, or fused
+    for the parts in kernels/fused.py; None is the fastest, all give the same function. recompute_gelu: with fused
+    kernels, keep GELU's input alone for backward. seed: of the initial weights, drawn from a generator of their own.
     """
 
     def __init__(self, config: GPTConfig, window_backend: str | None = None, kernels: str | None = None,
@@ -346,7 +353,7 @@ class GPT(nn.Module):
             return self.run(idx, targets, *rotary_tables(T, self.config.head_dim, device))
 
     def run(self, idx, targets, cos, sin, caches=None):
-        """`forward` with its tables, (T, D / 2) each; caches: one LayerCache (kv_cache.py) per layer, or None."""
+        """`forward` with its tables, (T, D / 2) each; caches: a LayerCache (kernels/kv_cache.py) a layer, or None."""
         x = self.transformer.wte(idx).to(self.compute_dtype(idx.device))  # (B, T, C)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cos, sin, caches and caches[layer])

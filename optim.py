@@ -11,8 +11,8 @@ from collections import defaultdict
 import torch
 import torch.distributed as dist
 
-from compiling import compile_static
 from configs.recipes import TrainConfig
+from kernels.compiling import compile_static
 
 # what each keeps of a weight, in float32
 STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}

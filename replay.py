@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 import checkpoint
 import machine
-from compiling import SlowPath, compiles
 from configs.recipes import TrainConfig
 from data.loader import open_data, train_order
 from finite import find, first_not_finite, some
+from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
 from rundir import BAD_OPTION, DONE, BadOption, NoValidCheckpoint
 

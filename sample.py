@@ -18,9 +18,9 @@ import tyro
 
 import checkpoint
 import machine
-from compiling import SlowPath, compiles
 from data.tokenizer import EOT, gpt2
-from kv_cache import KVCache, Recompute
+from kernels.compiling import SlowPath, compiles
+from kernels.kv_cache import KVCache, Recompute
 from rundir import BAD_OPTION, INTERRUPTED, BadOption, NoValidCheckpoint
 
 COMPILE_FROM_TOKENS = 20_000  # below, compiling takes longer than it saves

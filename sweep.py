@@ -36,9 +36,9 @@ import rundir
 import train_gpt2
 from configs.recipes import TrainConfig, result_settings, run_name
 from configs.variants import model_name
+from costs.memory import divisors
 from data.loader import open_data
 from files import write_json
-from memory import divisors
 from model import GPTConfig
 from processes import set_parent_death_signal
 from rundir import BadOption

@@ -14,7 +14,7 @@ MiB that torch's tensors take (its requested_bytes, neither reserved nor rounded
 The model's figures include its weights and gradients. Times are medians: forward, and forward with backward (both);
 on CUDA those of a graph, without what the host takes to launch its kernels.
 
-Closed form of attention alone, with x the bytes of one of q, k, v, out, and r = 4 B T H; memory.py has every term:
+Closed form of attention alone, x the bytes of one of q, k, v, out, r = 4 B T H; costs/memory.py has every term:
                 saved     backward peak
   flex          4 x + r   4 x + 2 r                out, dq, dk, dv, logsumexp, delta
   cuDNN, flash  4 x + r   4 x + 2 r + 4 B T C      and dq in float32; flash pads each sequence by 128 tokens
@@ -48,15 +48,21 @@ import tyro
 from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
-import cublaslt
-import fused
 import machine
-from attention import FLEX_HEADS, WINDOW_ATTENTION, choose_window_backend, forget_compiled, sdpa_choice, use_sdpa
-from compiling import SlowPath, compile_static
 from configs.variants import variant
+from costs.measure import allocations, block_mask_cost, milliseconds
+from costs.memory import MIB, Shape, attention_need, block_mask_bytes, block_need, model_need
 from files import write_json
-from measure import allocations, block_mask_cost, milliseconds
-from memory import MIB, Shape, attention_need, block_mask_bytes, block_need, model_need
+from kernels import cublaslt, fused
+from kernels.attention import (
+    FLEX_HEADS,
+    WINDOW_ATTENTION,
+    choose_window_backend,
+    forget_compiled,
+    sdpa_choice,
+    use_sdpa,
+)
+from kernels.compiling import SlowPath, compile_static
 from model import GPT, Block, GPTConfig, rotary_tables
 from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, writing
 
@@ -65,7 +71,7 @@ GRID = {"cuda": ((1024, 8192, 65536), (128, 1024)), "cpu": ((512, 1024, 2048), (
 FULL_GRID = {"cuda": (tuple(2**n for n in range(10, 17)), (128, 256, 512, 1024)),
              "cpu": ((512, 1024, 2048, 4096), (64, 128, 256, 512))}
 MODEL_POINTS, MODEL_TOKENS = ((1024, 128), (4096, 1024), (8192, 1024)), 8192
-FITTED_T = {"attention": 8192, "block": 8192, "model": 4096}  # where memory.py's constants may have been fitted
+FITTED_T = {"attention": 8192, "block": 8192, "model": 4096}  # where costs/memory.py's constants may be fitted
 TOLERANCE = 0.05  # of a prediction, relative
 SAME_MIB = 0.1  # more than this, block mask included, counts as more
 MASK_MIB, MASK_MS = 30, 50  # a block mask, while it is built
@@ -147,7 +153,7 @@ class Row:
     sdpa: str
     """the kernel of scaled_dot_product_attention"""
     fitted: bool = False
-    """whether a constant of the prediction may have been fitted here"""
+    """whether a constant of the prediction may be fitted here"""
     predicted: dict[str, float] = field(default_factory=dict)
     measured: dict[str, float] = field(default_factory=dict)
     reason: str = ""

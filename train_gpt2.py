@@ -7,9 +7,10 @@ Train a GPT-2 variant.
 Any field of TrainConfig (configs/recipes.py) and GPTConfig (model.py) is an option. An option beats the recipe, a
 recipe beats the default.
 
-Exit codes: 0 done, 2 bad option or config, or data changed since the run began, or a slow path refused (attention.py),
-3 run directory in use, 4 checkpoints present but none valid, 5 cannot write, 6 loss or gradient not finite, 7 missing,
-empty or invalid data, 8 another process is gone or hangs, 75 stopped by a signal and resumable, 130 second Ctrl-C.
+Exit codes: 0 done, 2 bad option or config, or data changed since the run began, or a slow path refused
+(kernels/attention.py), 3 run directory in use, 4 checkpoints present but none valid, 5 cannot write, 6 loss or gradient
+not finite, 7 missing, empty or invalid data, 8 another process is gone or hangs, 75 stopped by a signal and resumable,
+130 second Ctrl-C.
 """
 
 import math
@@ -36,15 +37,15 @@ import finite
 import machine
 import processes
 import rundir
-from attention import KERNEL_NAMES
-from compiling import SlowPath, compiles
 from configs.recipes import TrainConfig, recipe, result_settings, run_name
 from configs.variants import VARIANTS, model_name, variant
+from costs.measure import block_mask_cost
+from costs.memory import largest_batch_size, memory_advice, training_mib
 from data.loader import micro_batch, open_data, train_order
 from data.tokenizer import token_bytes
 from eval import evaluate
-from measure import block_mask_cost
-from memory import largest_batch_size, memory_advice, training_mib
+from kernels.attention import KERNEL_NAMES
+from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
 from optim import make_optimizers, set_learning_rate, update
 

@@ -86,9 +86,9 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     window_backend: str | None = None
-    """kernel of the sliding window: flex, flash or blocked (attention.py); None: flex on CUDA, blocked elsewhere"""
+    """kernel of the sliding window: flex, flash or blocked (kernels/attention.py); None: flex on CUDA, else blocked"""
     kernels: Literal["fused", "plain"] | None = None
-    """fused.py's, or as one reads them in model.py; None: fused on CUDA in bfloat16, else plain"""
+    """those of kernels/fused.py, or as one reads them in model.py; None: fused on CUDA in bfloat16, else plain"""
     recompute_gelu: bool = False
     """with fused kernels: keep GELU's input alone for backward, up to a quarter less memory, a little slower"""
     deterministic: bool = False

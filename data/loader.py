@@ -13,7 +13,7 @@ import torch
 
 import data.shakespeare
 from data.shards import Dataset, Shard, open_dataset
-from fused import IGNORED
+from kernels.fused import IGNORED
 from rundir import DataError, writing
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attention import forget_compiled
+from kernels.attention import forget_compiled
 
 
 def pytest_collection_modifyitems(items):
@@ -13,7 +13,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def fresh_compiler():
-    """As in a new process: what is compiled counts towards torch's limits, and towards what attention.py allows."""
+    """As in a new process: what is compiled counts towards torch's limits and those of kernels/."""
     forget_compiled()
     yield
     forget_compiled()

@@ -1,6 +1,6 @@
 """
-attention.py: each kernel against a float64 reference, the block mask against the dense mask, and every slow path
-provoked. What all back ends compute is checked by `python verify.py`, whose checks run here too.
+kernels/attention.py: each kernel against a float64 reference, the block mask against the dense mask, and every slow
+path provoked. All back ends are compared by `python bench.py --verify`: test_verify.py.
 """
 
 import shutil
@@ -12,9 +12,10 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention as kernels
 import machine
-from attention import (
+from costs.measure import block_mask_cost
+from kernels import attention as kernels
+from kernels.attention import (
     blocked_window_attention,
     causal_attention,
     choose_window_backend,
@@ -22,8 +23,7 @@ from attention import (
     use_sdpa,
     window_block_mask,
 )
-from compiling import SlowPath, compile_static
-from measure import block_mask_cost
+from kernels.compiling import SlowPath, compile_static
 from model import GPT, GPTConfig
 
 

@@ -1,4 +1,4 @@
-"""bench.py, kernels.py and floor.py: on made-up names, events and times, and as a command on `tiny`."""
+"""bench.py, kernel_kinds.py and floor.py of costs/: on made-up names, events and times, and as a command on `tiny`."""
 
 import json
 from dataclasses import replace
@@ -8,12 +8,10 @@ import torch
 from small import call, words
 
 import bench
-import floor
-import kernels
-import measure
 from configs.variants import VARIANTS, variant
-from floor import least_bytes, weight_shapes
-from kernels import ALL_KINDS, breakdown, exclusive, kind_of
+from costs import floor, measure
+from costs.floor import least_bytes, weight_shapes
+from costs.kernel_kinds import ALL_KINDS, breakdown, exclusive, kind_of, profile
 from model import GPT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,7 +105,7 @@ def test_profile_counts_the_steps_it_is_asked_for():
     def step():
         calls.append(torch.ones(64, 64) @ torch.ones(64, 64))
 
-    result = kernels.profile(step, 5, CPU)
+    result = profile(step, 5, CPU)
     assert len(calls) == 6  # one more, in which the profiler starts
     assert [kernel["calls"] for kernel in result["kernels"] if kernel["name"] == "aten::mm"] == [1]
     assert min(result["kinds"].values()) >= 0 and result["kinds"]["matrix product"] > 0
@@ -312,7 +310,7 @@ def test_how_a_step_is_computed_reaches_the_model_and_the_floor(tmp_path, monkey
 
 
 def test_verify(monkeypatch):
-    import verify
+    from kernels import verify
 
     monkeypatch.setattr(verify, "run", lambda device: {"cpu": 1}[device])
     assert call(bench.main, ["--verify", "--device=cpu"]) == 1

@@ -12,10 +12,10 @@ from small import runs as runs  # a fixture
 import compare
 import machine
 import train_gpt2
+from comparison.results import find_runs, group_runs, read_run, spikes
 from configs.recipes import RESULT_FIELDS, TrainConfig
 from configs.variants import model_name
 from model import GPT, GPTConfig
-from results import find_runs, group_runs, read_run, spikes
 
 BATCH = 1000  # tokens of an update
 WIDE = {"n_layer": 1, "n_head": 2, "n_embd": 96, "vocab_size": VOCAB}

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cublaslt
-from cublaslt import matmul
+from kernels import cublaslt
+from kernels.cublaslt import matmul
 
 DTYPES = {0: torch.float32, 14: torch.bfloat16}  # cudaDataType_t
 

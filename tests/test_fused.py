@@ -1,4 +1,4 @@
-"""fused.py: plain and fused against float64."""
+"""kernels/fused.py: plain and fused against float64."""
 
 import importlib.util
 import os
@@ -12,12 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cublaslt
-import fused
 import model
 from configs.variants import variant
-from kv_cache import KVCache
-from memory import layer_bytes
+from costs.memory import layer_bytes
+from kernels import cublaslt, fused
+from kernels.kv_cache import KVCache
 from model import GPT, GPTConfig, apply_rotary, norm, rotary_tables
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -90,7 +89,7 @@ def matmul_in_torch(layout, left, right, out, epilogue=None, aux=None, accumulat
 
 @pytest.fixture
 def in_torch(monkeypatch):
-    """fused.py with torch in place of its kernels; counts what would have been launched."""
+    """kernels/fused.py with torch in place of its kernels; counts what would have been launched."""
     calls = Counter()
     for name, stand_in in {"matmul": matmul_in_torch, "cross_entropy_": cross_entropy_in_torch,
                            "launch": rotate_in_torch}.items():
@@ -285,7 +284,7 @@ def test_a_cache_takes_plain_parts_whatever_ran_before(in_torch, monkeypatch):
                                    {"mlp_activation": "relu2"}])
 @pytest.mark.parametrize(("form", "recompute"), [("plain", False), ("fused", False), ("fused", True)])
 def test_what_a_layer_keeps(in_torch, monkeypatch, form, flags, recompute, fresh_compiler):
-    """As memory.py says; torch divides the graph as for a GPU, and runs it as it is."""
+    """As costs/memory.py says; torch divides the graph as for a GPU, and runs it as it is."""
     monkeypatch.setattr(fused, "choose_kernels", lambda *_: form)
     if recompute and "mlp_activation" in flags:
         pytest.skip("only GELU can be computed again")

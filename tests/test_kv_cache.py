@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configs.variants import VARIANTS
-from kv_cache import KVCache, Recompute
+from kernels.kv_cache import KVCache, Recompute
 from model import GPT
 
 BODY = {"n_layer": 4, "n_head": 2, "n_embd": 64, "vocab_size": 512}
@@ -29,7 +29,7 @@ def model_of(config):
 @pytest.mark.parametrize("n_prompt", [1, 4, 7, 8, 30])
 @pytest.mark.parametrize("config", SMALL, ids=SMALL.values())
 def test_greedy_is_equal_to_recomputing(config, n_prompt, chunk, monkeypatch):
-    monkeypatch.setattr("kv_cache.CHUNK_TOKENS", chunk)
+    monkeypatch.setattr("kernels.kv_cache.CHUNK_TOKENS", chunk)
     model = model_of(config)
     tokens = torch.randint(512, (2, n_prompt), generator=torch.Generator().manual_seed(n_prompt))
     cache = KVCache(model, n_prompt + 20, batch_size=2)

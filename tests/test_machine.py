@@ -1,4 +1,4 @@
-"""machine.py and memory.py: what is read off the device, and the closed form against measured peaks."""
+"""machine.py and costs/memory.py: what is read off the device, and the closed form against measured peaks."""
 
 import pytest
 import torch

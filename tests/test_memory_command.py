@@ -1,4 +1,4 @@
-"""test_memory.py and the closed forms of memory.py: against measured allocations on a CPU; judging; the command."""
+"""test_memory.py and the closed forms of costs/memory.py: against allocations on a CPU; judging; the command."""
 
 import json
 import re
@@ -12,13 +12,11 @@ from small import call, words
 
 import explain_memory
 import machine
-import memory
 import test_memory
-from attention import window_block_mask
-from compiling import compile_static
 from configs.variants import variant
-from measure import allocations
-from memory import (
+from costs import memory
+from costs.measure import allocations
+from costs.memory import (
     MIB,
     Need,
     Shape,
@@ -30,6 +28,8 @@ from memory import (
     model_need,
     training_need,
 )
+from kernels.attention import window_block_mask
+from kernels.compiling import compile_static
 from model import GPT, GPTConfig
 from test_memory import Point, Row, judge, prepare
 

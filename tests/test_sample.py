@@ -15,7 +15,7 @@ import checkpoint
 import sample
 from configs.variants import VARIANTS
 from data.tokenizer import EOT, gpt2
-from kv_cache import KVCache
+from kernels.kv_cache import KVCache
 from model import GPT
 from sample import SampleConfig, choose, generate
 

@@ -1,4 +1,4 @@
-"""significance.py against scipy, by hand-made examples, and by simulation."""
+"""comparison/significance.py against scipy, by hand-made examples, and by simulation."""
 
 import math
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import significance
-from significance import compare, holm, noise_floor, seeds_needed, smallest_difference
+from comparison import significance
+from comparison.significance import compare, holm, noise_floor, seeds_needed, smallest_difference
 
 
 def by_seed(values) -> dict:

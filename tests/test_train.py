@@ -30,12 +30,12 @@ from small import BATCH_TOKENS, VOCAB, T, assert_same_result, losses, make_data,
 import checkpoint
 import rundir
 import train_gpt2
-from compiling import compiles
 from configs.recipes import TrainConfig
+from costs.memory import MIB, memory_advice, training_need
 from data import loader
 from data.shards import write_shard
 from data.tokenizer import gpt2
-from memory import MIB, memory_advice, training_need
+from kernels.compiling import compiles
 from model import GPT, GPTConfig
 from optim import make_optimizers, update
 
@@ -945,7 +945,7 @@ def test_a_compiler_that_is_switched_off_stops_the_run(runs, capfd):
 
 
 def test_another_attention_kernel_than_the_one_meant_stops_a_run_on_a_gpu(runs, capfd, monkeypatch):
-    """Made up on the CPU: what the profiler saw is not what attention.py chose."""
+    """Made up on the CPU: what the profiler saw is not what kernels/attention.py chose."""
     monkeypatch.setattr(train_gpt2, "KERNEL_NAMES", {"blocked": "flex_attention"})
     assert runs(model="tiny_post_norm_qk_norm_window32") == 2
     assert "error: attention ran in fused SDPA for CPU, not in flex_attention" in capfd.readouterr().err

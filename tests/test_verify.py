@@ -1,4 +1,4 @@
-"""verify.py: its checks of the back ends of this machine, and that no wrong kernel passes them."""
+"""kernels/verify.py: its checks of the back ends of this machine, and that no wrong kernel passes them."""
 
 from dataclasses import replace
 
@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from reference import attention as reference_attention
 from small import call
 
-import verify
-from attention import WINDOW_ATTENTION, blocked_window_attention, window_tables
-from verify import NAMES, Case, all_cases, check, check_group
+import bench
+from kernels import verify
+from kernels.attention import WINDOW_ATTENTION, blocked_window_attention, window_tables
+from kernels.verify import NAMES, Case, all_cases, check, check_group
 
 CPU = torch.device("cpu")
 FLOAT32 = Case("blocked", torch.float32, D=64, T=300, W=128)
@@ -28,7 +29,7 @@ def test_every_back_end_of_the_cpu_passes(case):
 
 @pytest.mark.parametrize("W", [1, 2, 128, 300])
 def test_the_reference_of_the_tests_passes(W, monkeypatch):
-    """It shares no code with verify.py: what both call right is the same function."""
+    """It shares no code with kernels/verify.py: what both call right is the same function."""
     rms_of_q = []
 
     def attend(q, k, v, W):
@@ -158,13 +159,13 @@ def test_a_kernel_that_fails_misses(monkeypatch):
 
 def test_command(monkeypatch, capsys):
     monkeypatch.setattr(verify, "SHAPES", [(256, 128), (256, None)])
-    assert call(verify.main, ["--device=cpu"]) == 0
+    assert call(bench.main, ["--verify", "--device=cpu"]) == 0
     out = capsys.readouterr().out
     assert out.count("pass") == 16 and "MISS" not in out and max(map(len, out.splitlines())) <= 120
     assert "256/128   128" in out and "cannot serve: flex, torch.bfloat16: window_backend='flex' serves CUDA" in out
 
     monkeypatch.setitem(WINDOW_ATTENTION, "blocked", lambda q, k, v, W: right(q, k, v, W + 1))
-    assert call(verify.main, ["--device=cpu"]) == 1
+    assert call(bench.main, ["--verify", "--device=cpu"]) == 1
     out = capsys.readouterr().out
     assert out.count("pass") == 8 and "256/128   129" in out
     misses = [line for line in out.splitlines() if line.startswith("MISS")]
@@ -173,7 +174,7 @@ def test_command(monkeypatch, capsys):
 
 
 def test_bad_options(capsys):
-    assert call(verify.main, ["--device=tpu"]) == 2
+    assert call(bench.main, ["--verify", "--device=tpu"]) == 2
     error = capsys.readouterr().err
     assert "device='tpu'" in error and error.count("\n") == 1
 
@@ -181,7 +182,7 @@ def test_bad_options(capsys):
 @pytest.mark.gpu
 def test_gpu_every_back_end_passes(capfd):
     """As a command: its processes compile the many shapes of flex at the same time."""
-    code = call(verify.main, ["--device=cuda"])
+    code = call(bench.main, ["--verify", "--device=cuda"])
     out = capfd.readouterr().out
     assert code == 0, out
     assert all(name in out for name in ("flex *", "flash", "blocked", "EFFICIENT_ATTENTION"))

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from results import RATES, Group, by_rate
+from comparison.results import RATES, Group, by_rate
 from rundir import writing
 
 FEW = 10  # groups that the standard colours can tell apart

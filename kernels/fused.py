@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from cublaslt import matmul
+from kernels.cublaslt import matmul
 
 IGNORED = -1  # target without loss
 CHUNK_TOKENS = 8192  # 0.8 GiB of logits; with fewer tokens than this, plain needs less memory

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from comparison.results import USABLE, Group, Run, finite_median, model_size, setting_words
+from comparison.significance import MOST_SEEDS
 from configs.variants import model_name
 from files import read_text
-from results import USABLE, Group, Run, finite_median, model_size, setting_words
-from significance import MOST_SEEDS
 
 AXES = {"tokens": ("tokens", "{:,.0f}"), "time_s": ("training time", "{:,.1f} s"), "flops": ("FLOPs", "{:.4g}")}
 

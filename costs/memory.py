@@ -8,8 +8,8 @@ import math
 from dataclasses import dataclass, replace
 
 from configs.recipes import TrainConfig
-from cublaslt import WORKSPACE_BYTES
-from fused import CHUNK_TOKENS
+from kernels.cublaslt import WORKSPACE_BYTES
+from kernels.fused import CHUNK_TOKENS
 from model import GPTConfig
 
 MIB = 2**20

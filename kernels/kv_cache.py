@@ -9,7 +9,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from compiling import compile_static
+from kernels.compiling import compile_static
 from model import GPT, PLAIN, rotary_angles
 
 CHUNK_TOKENS = 256  # of a prompt at a time: what bounds the memory of the scores

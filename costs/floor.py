@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 
 import test_memory
-from attention import choose_window_backend
-from fused import product
-from measure import milliseconds
+from costs.measure import milliseconds
+from kernels.attention import choose_window_backend
+from kernels.fused import product
 from model import GPT, GPTConfig
 
 MOST_TOKENS = 65_536  # in a product that is measured; the head's logits of more might not fit

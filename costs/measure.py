@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 import machine
-from attention import window_block_mask
-from memory import MIB
+from costs.memory import MIB
+from kernels.attention import window_block_mask
 
 
 def allocations(run, device: torch.device):

@@ -1,7 +1,7 @@
 """
 Whether every attention back end on this machine computes what model.py means by attention.
 
-    python verify.py        (or python bench.py --verify)
+    python bench.py --verify
 
 Output and gradients of each back end are compared with a dense float64 reference, and so are those of plain attention:
 dense, each step in the back end's own dtype. A back end passes if its error is at most twice that of plain attention,
@@ -14,14 +14,11 @@ miss. Plain attention can be exact by luck: with one visible key dq = dk = 0. So
 float32, in which every back end adds up, times the root mean square of the terms that cancel; see `rounding`. In
 bfloat16 that matters with one visible key only, in float32 it is up to 11 times plain attention's error: fused kernels
 compute the weights anew in the backward pass, and torch's own for CPUs errs 2.2 times as much as plain attention.
-
-Exit codes: 0 all pass, 1 a miss (or a bug: then with a traceback), 2 bad option, 130 Ctrl-C.
 """
 
 import math
 import multiprocessing
 import os
-import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -30,11 +27,10 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch.nn.attention import SDPBackend
 
 import machine
-from attention import (
+from kernels.attention import (
     WINDOW_ATTENTION,
     causal_attention,
     choose_window_backend,
@@ -44,7 +40,6 @@ from attention import (
     window_tables,
 )
 from model import norm
-from rundir import BAD_OPTION, INTERRUPTED
 
 B, H = 2, 3
 SHAPES = [(T, W) for T in (256, 300) for W in (1, 2, 127, 128, 129, T, None)]  # (T, W)
@@ -53,14 +48,6 @@ SHAPES += [(150, 2), (300, 130)]  # the last query's partial blocks are all ther
 FEW_SHAPES = [(256, 128), (256, None), (300, 130)]
 NAMES = ("out", "dq", "dk", "dv")
 LIMIT = 2  # error over that of plain attention
-
-
-@dataclass(frozen=True)
-class VerifyConfig:
-    """Where."""
-
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
 
 
 @dataclass(frozen=True)
@@ -279,19 +266,3 @@ def run(device_name: str) -> int:
     results = verify(device)
     report(results, device)
     return int(any(result.miss for result in results))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code."""
-    config = tyro.cli(VerifyConfig, args=arguments, description=__doc__, use_underscores=True)
-    try:
-        return run(config.device)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_OPTION
-    except KeyboardInterrupt:
-        return INTERRUPTED
-
-
-if __name__ == "__main__":
-    sys.exit(main())

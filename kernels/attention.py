@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from compiling import compile_static
+from kernels.compiling import compile_static
 
 # what torch's profiler shows of each, as machine.attention_kernels names it
 KERNEL_NAMES = {
