@@ -159,7 +159,7 @@ def nothing_begins(monkeypatch):
     for module, name in ((train_gpt2, "train"), (bench, "measure"), (bench, "build"), (test_memory, "measure_all"),
                          (checkpoint, "load_model")):
         monkeypatch.setattr(module, name, accepted)
-    monkeypatch.setattr("verify.run", accepted)
+    monkeypatch.setattr("kernels.verify.run", accepted)
 
 
 def test_valid_command_lines(place, nothing_begins):
