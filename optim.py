@@ -23,32 +23,39 @@ NEWTON_SCHULZ_STEPS = 5
 def make_optimizers(model: torch.nn.Module, config: TrainConfig, compiled: bool = False) -> list[torch.optim.Optimizer]:
     """Each weight is in one of them; weight decay on matrices only. compiled: torch.compile for what is not fused."""
     weights = dict(model.named_parameters())
-    hidden = [weights.pop(name) for name in list(weights)
-              if config.optimizer == "muon" and ".h." in name and weights[name].ndim == 2]
+    hidden = {name: weights.pop(name) for name in list(weights)
+              if config.optimizer == "muon" and ".h." in name and weights[name].ndim == 2}
     groups = [
         {"params": [weight for weight in weights.values() if weight.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [weight for weight in weights.values() if weight.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-    return [adamw, *([Muon(hidden, config.muon_learning_rate, config.weight_decay, compiled)] if hidden else [])]
+    if not hidden:
+        return [adamw]
+    qkv = [weight for name, weight in hidden.items() if name.endswith("c_attn.weight")]
+    others = [weight for name, weight in hidden.items() if not name.endswith("c_attn.weight")]
+    groups = [{"params": qkv, "parts": 3}, {"params": others, "parts": 1}]
+    return [adamw, Muon(groups, config.muon_learning_rate, config.weight_decay, compiled)]
 
 
 class Muon(torch.optim.Muon):
     """
-    torch's, with all matrices of one shape as one batch. Of several processes each makes its share of the updates and
-    gets the others'. `found_inf`, a float32 on the device, leaves all as it was where it is 1, as in fused AdamW.
+    torch's, with all matrices of one shape as one batch. A group's `parts` is the number of matrices in each of its
+    weights, one below the other: q, k and v are three, whose updates are to be of one size. Of several processes each
+    makes its share of the updates and gets the others'. `found_inf`, a float32 on the device, leaves all as it was
+    where it is 1, as in fused AdamW.
     """
 
-    def __init__(self, weights: list[torch.Tensor], lr: float, weight_decay: float, compiled: bool = False):
-        super().__init__(weights, lr=lr, weight_decay=weight_decay)
-        self.found_inf = torch.zeros((), device=weights[0].device)
+    def __init__(self, groups: list[dict], lr: float, weight_decay: float, compiled: bool = False):
+        super().__init__(groups, lr=lr, weight_decay=weight_decay)
+        self.found_inf = torch.zeros((), device=groups[0]["params"][0].device)
         self.follow, self.move = (compile_static(f) if compiled else f for f in (follow, move))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            same_shape = defaultdict(list)
+            parts, same_shape = group["parts"], defaultdict(list)
             for weight in group["params"]:
                 same_shape[weight.shape].append(weight)
             lr = torch.tensor(group["lr"], dtype=torch.float32)  # a number would be compiled in
@@ -57,9 +64,9 @@ class Muon(torch.optim.Muon):
                 buffers = [self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
                            for weight in weights]
                 directions = self.follow(gradients, buffers, group["momentum"], self.found_inf)
-                updates = share(orthogonal, directions)
-                scale = math.sqrt(max(1, rows / columns))
-                self.move(weights, updates, lr, group["weight_decay"], scale, self.found_inf)
+                updates = share(orthogonal, directions.view(-1, rows // parts, columns))
+                scale = math.sqrt(max(1, rows / parts / columns))
+                self.move(weights, updates.reshape(-1, rows, columns), lr, group["weight_decay"], scale, self.found_inf)
 
 
 def follow(gradients: list, buffers: list, momentum: float, found_inf):

@@ -65,6 +65,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 def signature(argument):
     """What a compiled form of a function depends on, of one argument."""
+    if isinstance(argument, list):
+        return tuple(map(signature, argument))
     if isinstance(argument, torch.Tensor):
         return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad
     return argument if isinstance(argument, int | None) else type(argument)

@@ -30,21 +30,37 @@ def train(optimizer, weights, gradients):
 
 
 def assert_equal_to_torch(device, compiled):
-    """After several steps; bfloat16 has 8 bits, and an update is about as long as the learning rate."""
+    """
+    After several steps, torch's having the matrices of SHAPES with three parts as three. bfloat16 has 8 bits, and an
+    update is about as long as the learning rate.
+    """
     start, gradients = weights_and_gradients(4, device)
-    ours, theirs = ([weight.clone().requires_grad_() for weight in start] for _ in range(2))
+    ours = [weight.clone().requires_grad_() for weight in start]
+    theirs = [weight.clone().requires_grad_() for weight in split(start)]
+    groups = [{"params": [weight for weight in ours if is_three(weight) == three], "parts": 3 if three else 1}
+              for three in (True, False)]
+    muon = Muon(groups, lr=0.1, weight_decay=0.2, compiled=compiled)
     reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.2)
-    muon = Muon(ours, lr=0.1, weight_decay=0.2, compiled=compiled)
     train(muon, ours, gradients)
-    train(reference, theirs, gradients)
-    for weight, expected, before in zip(ours, theirs, start, strict=True):
+    train(reference, theirs, [split(step) for step in gradients])
+    momenta = split([muon.state[weight]["momentum_buffer"] for weight in ours])
+    for weight, momentum, expected, before in zip(split(ours), momenta, theirs, split(start), strict=True):
         assert not torch.allclose(expected, before, atol=0.05)
         torch.testing.assert_close(weight, expected, rtol=0, atol=0.1 * 4 * 2**-6)
-        torch.testing.assert_close(muon.state[weight]["momentum_buffer"], reference.state[expected]["momentum_buffer"])
+        torch.testing.assert_close(momentum, reference.state[expected]["momentum_buffer"])
 
 
-def test_muon_is_that_of_torch():
-    assert_equal_to_torch("cpu", compiled=False)
+def is_three(weight) -> bool:
+    return len(weight) == 24
+
+
+def split(tensors):
+    return [part for tensor in tensors for part in (tensor.chunk(3) if is_three(tensor) else [tensor])]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_muon_is_that_of_torch(compiled, fresh_compiler):
+    assert_equal_to_torch("cpu", compiled)
 
 
 @pytest.mark.gpu
@@ -65,10 +81,11 @@ def test_orthogonal(shape):
     assert (values - torch.diag_embed(values.diagonal(dim1=1, dim2=2))).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("untie", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_each_weight_has_one_optimizer(name):
-    """Muon has the matrices of the blocks alone; each group follows the schedule from its own peak."""
-    model = GPT(variant("tiny"))
+def test_each_weight_has_one_optimizer(name, untie):
+    """Muon has the matrices of the blocks, q, k and v apart; each group follows the schedule from its own peak."""
+    model = GPT(replace(variant("tiny"), untie=untie))
     config = TrainConfig(optimizer=name, learning_rate=0.5, muon_learning_rate=0.25, warmup_steps=4)
     optimizers = make_optimizers(model, config)
     of = {weight: type(one) for one in optimizers for group in one.param_groups for weight in group["params"]}
@@ -76,6 +93,10 @@ def test_each_weight_has_one_optimizer(name):
     assert n == len(of) and of.keys() == set(model.parameters())
     for parameter, weight in model.named_parameters():
         assert of[weight] == (Muon if name == "muon" and ".h." in parameter else torch.optim.AdamW)
+    parts = {weight: group.get("parts") for one in optimizers[1:] for group in one.param_groups
+             for weight in group["params"]}
+    assert all(parts[weight] == (3 if "c_attn" in parameter else 1) for parameter, weight in model.named_parameters()
+               if weight in parts)
     assert set_learning_rate(optimizers, config, 1) == 0.25
     peaks = {torch.optim.AdamW: 0.5, Muon: 0.25}
     assert all(group["lr"] == peaks[type(one)] / 2 for one in optimizers for group in one.param_groups)
@@ -91,18 +112,27 @@ def test_decay_is_for_matrices():
 def shared(rank, directory, n_processes):
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=n_processes)
     x = torch.load(f"{directory}/x.pt")
-    torch.save((share(orthogonal, x), share(orthogonal, x[:1])), f"{directory}/{rank}.pt")
+    torch.save((share(orthogonal, x), share(orthogonal, x[:1]), after_two_steps()), f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
 
+def after_two_steps() -> list:
+    start, gradients = weights_and_gradients(2)
+    weights = [weight.requires_grad_() for weight in start]
+    train(Muon([{"params": weights, "parts": 1}], lr=0.1, weight_decay=0.2), weights, gradients)
+    return [weight.detach() for weight in weights]
+
+
 def test_processes_share_the_work(tmp_path, one_thread):
-    """The same bits in each: four matrices among three processes, of which one has none, and a single one."""
+    """The same bits in each: four matrices among three processes, of which one has none, a single one, and Muon's."""
     x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     torch.save(x, tmp_path / "x.pt")
     torch.multiprocessing.spawn(shared, (str(tmp_path), 3), nprocs=3)
+    alone = after_two_steps()
     for rank in range(3):
-        four, one = torch.load(tmp_path / f"{rank}.pt")
+        four, one, weights = torch.load(tmp_path / f"{rank}.pt")
         assert torch.equal(four, orthogonal(x)) and torch.equal(one, orthogonal(x[:1]))
+        assert all(torch.equal(*pair) for pair in zip(weights, alone, strict=True))
 
 
 # -----------------------------------------------------------------------------
@@ -151,3 +181,8 @@ def test_schedule_without_warmup_and_with_nothing_else():
 ])
 def test_warm_up_stable_decay(fraction, step, expected):
     assert schedule(replace(SCHEDULE, schedule="linear", decay_fraction=fraction), step) == pytest.approx(expected)
+
+
+def test_warm_up_stable_cosine():
+    config = replace(SCHEDULE, schedule="cosine", decay_fraction=0.5)
+    assert [schedule(config, step) for step in (5, 6, 9, 12)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
