@@ -1,5 +1,6 @@
 """README against the repository."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -36,3 +37,19 @@ def test_exit_codes_are_those_of_the_code():
     table = README.split("| exit code | meaning |")[1].split("\n\n")[0]
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)} - {1}  # Python's own
     assert codes == {value for name, value in vars(rundir).items() if name.isupper() and isinstance(value, int)}
+
+
+def test_promises_have_the_published_figures():
+    faults = json.loads((ROOT / "docs" / "reliability.json").read_text())["faults"]
+
+    def total(column: str, kind: str = "") -> str:
+        return f"{sum(fault[column] for fault in faults if re.search(kind, fault['fault'])):,}"
+
+    promises = README.split("What a run survives")[1].split("\n\nCtrl-C")[0]
+    figures = set(re.findall(r"\d[\d,]*\d", promises))
+    assert figures >= {total("injected"), total("survived"), total("detected"), total("naive_failed"),
+                       total("naive_tried"), total("injected", "^kill -9"), total("injected", "^power"),
+                       total("injected", "^checkpoint: (?!damaged)"), total("injected", "^pickle"),
+                       total("injected", "^shard(?!: truncated while)"), total("injected", "^NaN"),
+                       total("injected", "ENOSPC|EIO|^a disk|files that cannot|place that"),
+                       total("injected", "^SIG|hang of"), total("injected", "setting|other data")}
