@@ -5,12 +5,14 @@ What the directory of a run says about it, which runs can be compared, and which
 import functools
 import json
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from configs.recipes import RESULT_FIELDS, TrainConfig
 from configs.variants import model_name
@@ -128,11 +130,12 @@ def spikes(loss: np.ndarray) -> np.ndarray:
     None begins in the first 20 steps. After the spike score of OLMo 2 (arXiv 2501.00656), which takes mean and standard
     deviation of 1,000 steps: more than many runs here have.
     """
-    above = np.zeros(len(loss), dtype=bool)
-    for i in range(SPIKE_START, len(loss)):
-        before = loss[max(0, i - SPIKE_WINDOW) : i]
-        noise = MAD_TO_STD * finite_median(abs(np.diff(before))) / math.sqrt(2)
-        above[i] = loss[i] > finite_median(before) + SPIKE_DEVIATIONS * noise
+    finite = np.concatenate([np.full(SPIKE_WINDOW, math.nan), np.where(np.isfinite(loss), loss, math.nan)])
+    before = sliding_window_view(finite, SPIKE_WINDOW)[:-1]  # (updates, SPIKE_WINDOW), nan where there is none
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of rows that are nan throughout
+        noise = MAD_TO_STD * np.nanmedian(abs(np.diff(before)), axis=1) / math.sqrt(2)
+        above = loss > np.nanmedian(before, axis=1) + SPIKE_DEVIATIONS * noise
+    above[:SPIKE_START] = False
     return above & ~np.roll(above, 1)
 
 

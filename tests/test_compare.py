@@ -12,7 +12,7 @@ from small import runs as runs  # a fixture
 import compare
 import machine
 import train_gpt2
-from comparison.results import find_runs, group_runs, read_run, spikes
+from comparison.results import find_runs, finite_median, group_runs, read_run, spikes
 from configs.recipes import RESULT_FIELDS, TrainConfig
 from configs.variants import model_name
 from model import GPT, GPTConfig
@@ -413,6 +413,27 @@ def test_spikes():
     loss[900:902] = math.nan
     assert np.flatnonzero(spikes(loss)).tolist() == [300, 1500]
     assert spikes(np.full(100, math.nan)).sum() == spikes(np.array([])).sum() == 0
+
+
+@pytest.mark.parametrize("n", [0, 1, 20, 21, 49, 51, 52, 400])
+def test_spikes_are_those_of_a_loop_over_the_steps(n):
+    def one_by_one(loss):
+        above = np.zeros(len(loss), dtype=bool)
+        for i in range(20, len(loss)):
+            before = loss[max(0, i - 50) : i]
+            with np.errstate(invalid="ignore"):  # of two infinities
+                noise = 1.4826 * finite_median(abs(np.diff(before))) / math.sqrt(2)
+            above[i] = loss[i] > finite_median(before) + 7 * noise
+        return above & ~np.roll(above, 1)
+
+    rng = np.random.default_rng(n)
+    for part_nan in (0.0, 0.1, 0.9):
+        for _ in range(5):
+            loss = rng.standard_t(1.5, n)  # many far outside
+            loss[rng.random(n) < part_nan] = math.nan
+            assert spikes(loss).tolist() == one_by_one(loss).tolist()
+            loss[rng.random(n) < part_nan] = math.inf
+            assert spikes(loss).tolist() == one_by_one(loss).tolist()
 
 
 def test_spikes_are_counted(capsys, tmp_path):
