@@ -4,29 +4,36 @@ quarter more than that of a model that guesses, is drawn there; a run that diver
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+from tqdm import tqdm
 
-from comparison.results import RATES, Group, by_rate
+from comparison.results import RATES, Group, by_rate, meeting_point
 from rundir import writing
 
 FEW = 10  # groups that the standard colours can tell apart
 
 
 def plot_all(groups: list[Group], folder: Path):
-    """loss_over_tokens.png, loss_over_time.png, stability.png, and one for each learning rate that is not constant."""
+    """
+    loss_over_tokens.png, loss_over_time.png, stability.png, and, where there are losses at equal tokens, one for each
+    learning rate that is not constant.
+    """
+    todo = [partial(plot_loss, groups, "tokens", "training tokens", folder / "loss_over_tokens.png"),
+            partial(plot_loss, groups, "time_s", "training time, s", folder / "loss_over_time.png"),
+            partial(plot_stability, groups, folder / "stability.png")]
+    tokens = meeting_point([run for group in groups for run in group.runs], "tokens")
+    todo += [partial(plot_rates, groups, name, tokens, folder / f"{name}.png") for name in RATES
+             if len({group.runs[0].settings[name] for group in groups}) > 1 and math.isfinite(tokens)]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        plot_loss(groups, "tokens", "training tokens", folder / "loss_over_tokens.png")
-        plot_loss(groups, "time_s", "training time, s", folder / "loss_over_time.png")
-        plot_stability(groups, folder / "stability.png")
-        for name in RATES:
-            if len({group.runs[0].settings.get(name) for group in groups} - {None}) > 1:
-                plot_rates(groups, name, folder / f"{name}.png")
+        for plot in tqdm(todo, "plotting", delay=1, leave=False, disable=None):
+            plot()
 
 
 def colour(i: int, n: int):
@@ -41,7 +48,7 @@ def figure(n_labels: int, n_panels: int = 1):
 
 def cut(losses, group: Group):
     """A run that diverges has losses of 1e20 before it ends."""
-    return np.minimum(losses, 1.25 * math.log(group.runs[0].gpt_config.vocab_size))
+    return np.minimum(losses, 1.25 * group.runs[0].guess)
 
 
 def finish(canvas, axes, path: Path):
@@ -80,7 +87,8 @@ def plot_loss(groups: list[Group], axis: str, name: str, path: Path):
 def plot_stability(groups: list[Group], path: Path):
     """Training loss with its spikes, and the gradient norm, of every run."""
     canvas, axes = figure(len(groups), n_panels=2)
-    largest = max((np.nanmax(run.log["grad_norm"]) for group in groups for run in group.sound), default=math.inf)
+    norms = [run.log["grad_norm"] for group in groups for run in group.sound]
+    largest = max((norm[np.isfinite(norm)].max(initial=0) for norm in norms), default=0) or math.inf
     for i, group in enumerate(groups):
         for n, run in enumerate(group.runs):
             look = {"color": colour(i, len(groups)), "linewidth": 0.6, "alpha": 0.8}
@@ -94,19 +102,19 @@ def plot_stability(groups: list[Group], path: Path):
     finish(canvas, axes, path)
 
 
-def plot_rates(groups: list[Group], name: str, path: Path):
+def plot_rates(groups: list[Group], name: str, tokens: float, path: Path):
     """
-    Validation loss at equal tokens over the learning rate, a line for each group that differs in nothing else. A rate
-    at which runs diverged has a cross at the top with their number, and a point for those that did not, if any.
+    Validation loss after these tokens over the learning rate, a line for each group that differs in nothing else. A
+    rate at which runs diverged has a cross at the top with their number, and a point for those that did not, if any.
     """
-    runs = [run for group in groups for run in group.runs]
-    tokens = min((run.evaluations("tokens")[-1] for run in runs if not run.diverged), default=0)
-    lines = by_rate(runs, name)
+    lines = by_rate([run for group in groups for run in group.runs], name)
     canvas, axes = figure(len(lines))
     for i, (line, rates) in enumerate(lines):
         x, losses, look = [], [], {"color": colour(i, len(lines))}
         for group in rates:
             rate = group.runs[0].settings[name]
+            if rate == 0:  # has no place on a logarithmic axis
+                continue
             if group.sound:
                 x.append(rate)
                 losses.append(cut([run.at("tokens", tokens) for run in group.sound], group))

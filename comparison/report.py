@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from comparison.results import USABLE, Group, Run, finite_median, model_size, setting_words
+from comparison.results import CHANGING, USABLE, Group, Run, as_dict, finite_median, model_size, setting_words
 from comparison.significance import MOST_SEEDS
 from configs.variants import model_name
 from files import read_text
@@ -45,27 +45,41 @@ def results_table(found: dict) -> str:
 
 
 def against_table(found: dict) -> str:
-    header = [f"against `{found['groups'][0]['label']}`", "difference, 95 % interval", "p (Welch)", "p (Holm)",
-              "verdict", "p (paired seeds)", "smallest to show", "seeds for this difference"]
+    """With a column that names what each row is tested against, unless that is the same for all."""
+    others = list(dict.fromkeys(row["against"] for row in found["against"]))
+    first = [f"against `{others[0]}`"] if len(others) == 1 else ["", "against"]
+    header = [*first, "difference, 95 % interval", "p (Welch)", "p (Holm)", "verdict", "paired difference",
+              "p (paired seeds)", "smallest to show", "seeds for this difference"]
     rows = []
     for row in found["against"]:
-        interval = "" if row["low"] is None else f" ({row['low']:+.4f} to {row['high']:+.4f})"
+        names = [f"`{row[name]}`" for name in ("label", "against")]
         paired = "" if row["paired_p"] is None else f" ({row['n_pairs']})"
         seeds = f"over {MOST_SEEDS:,}" if row["seeds_needed"] == math.inf else show(row["seeds_needed"], "{:,.0f}")
-        rows.append([f"`{row['label']}`", show(row["difference"], "{:+.4f}") + interval, show(row["p"], "{:.2g}"),
-                     show(row["p_holm"], "{:.2g}"), row["verdict"], show(row["paired_p"], "{:.2g}") + paired,
-                     show(row["smallest"]), seeds])
+        rows.append([*names[:len(first)], difference(row), show(row["p"], "{:.2g}"), show(row["p_holm"], "{:.2g}"),
+                     row["verdict"], show(row["paired_difference"], "{:+.4f}"),
+                     show(row["paired_p"], "{:.2g}") + paired, show(row["smallest"]), seeds])
     return table(header, rows)
+
+
+def difference(row: dict) -> str:
+    """With its 95 % interval, if there is one."""
+    interval = "" if row["low"] is None else f" ({row['low']:+.4f} to {row['high']:+.4f})"
+    return show(row["difference"], "{:+.4f}") + interval
 
 
 def rates_table(name: str, rows: list[dict]) -> str:
     header = [name.replace("_", " "), "seeds", "rates", "best", "loss there", "usable", "decades", "sensitivity",
               "diverged", "loss spikes"]
-    return table(header, [
-        [f"`{row['label']}`", row["seeds"], f"{len(row['rates'])}, {row['rates'][0]:g} to {row['rates'][-1]:g}",
-         f"{row['best_rate']:g}", show(min(row["val_loss"])), ends(row), mean_and_range(row["decades"], "{:.2f}"),
-         mean_and_range(row["sensitivity"], "{:.3f}"), f"{row['diverged']} of {row['runs']}", row["spikes"]]
-        for row in rows])
+    header += [f"at its best against `{rows[0]['label']}` at its best", "p (Welch, Holm)"] * (len(rows) > 1)
+    cells = []
+    for row in rows:
+        test = row["best_against"]
+        cells.append([
+            f"`{row['label']}`", row["seeds"], f"{len(row['rates'])}, {row['rates'][0]:g} to {row['rates'][-1]:g}",
+            f"{row['best_rate']:g}", show(min(row["val_loss"])), ends(row), mean_and_range(row["decades"], "{:.2f}"),
+            mean_and_range(row["sensitivity"], "{:.3f}"), f"{row['diverged']} of {row['runs']}", row["spikes"],
+            *([difference(test), show(test["p_holm"], "{:.2g}")] if test else ["-", "-"] * (len(rows) > 1))])
+    return table(header, cells)
 
 
 def ends(row: dict) -> str:
@@ -83,17 +97,19 @@ def mean_and_range(values: list[float], form: str) -> str:
 def below(found: dict) -> Iterable[str]:
     """What the tables do not say."""
     if found["freedom"]:
-        yield (f"Noise floor: {found['noise']:.4f}, the standard deviation over seeds pooled over the groups "
-               f"({found['freedom']} degrees of freedom). With it, a true difference is shown by "
+        low, high = found["noise_interval"]
+        yield (f"Noise floor: {found['noise']:.4f} (95 % interval {low:.4f} to {high:.4f}), the standard deviation "
+               f"over seeds pooled over the groups ({found['freedom']} degrees of freedom). With it, a true difference "
+               "is shown by "
                + ", ".join(f"{n} seeds of each if it is {difference:.4f}"
                            for n, difference in found["shown_by_seeds"].items()) + ".")
     for row in found["against"]:
         if row["why_not"]:
             yield f"No p-value for `{row['label']}`: {row['why_not']}."
     if n_tests := sum(row["p"] is not None for row in found["against"]):
-        yield (f"Comparisons with the baseline: {n_tests}; the verdict goes by Holm's correction of Welch's test for "
-               "that number. To show is to find it at p < 0.05 in 80 of 100 cases; smallest to show and seeds for this "
-               "difference go by the spread of the two groups.")
+        yield (f"Comparisons: {n_tests}; the verdict goes by Holm's correction of Welch's test for that number. To "
+               "show is to find it at p < 0.05 in 80 of 100 cases; smallest to show and seeds for this difference go "
+               "by the noise floor.")
 
 
 def print_report(report: dict, groups: list[Group]):
@@ -104,7 +120,8 @@ def print_report(report: dict, groups: list[Group]):
           "Loss in nats, mean ± standard deviation over seeds.")
     for axis, (words, form) in AXES.items():
         found = report["at_equal"][axis]
-        if axis == "flops" and len({model_size(run.gpt_config, T)[1] for run in runs}) == 1:
+        sizes = {model_size(run.gpt_config, T)[1] for run in runs}
+        if axis == "flops" and all(size * report["at_equal"]["tokens"]["at"] == found["at"] for size in sizes):
             print("\nAt equal FLOPs: as at equal tokens, since all spend the same on each.")
             continue
         print(f"\n### At equal {words}: {show(found['at'], form)}\n\n{results_table(found)}")
@@ -115,7 +132,9 @@ def print_report(report: dict, groups: list[Group]):
         if rows:
             print(f"\n### Over the {name.replace('_', ' ')}, at equal tokens\n\n{rates_table(name, rows)}")
             print(f"Usable: the loss is at most {USABLE:g} above the best. Sensitivity: its mean over the rates less "
-                  "the best. Both as mean and range over seeds; a run that diverged counts as a guess, ln V.")
+                  "the best. Both as mean and range over seeds; a run that diverged counts as a guess, ln V."
+                  + " The best rate was chosen by the same runs that are compared at it, which favours a line with "
+                    "more rates or more noise." * (len(rows) > 1))
     if "target_loss" in report:
         print(f"\n### Until validation loss {report['target_loss']:g}\n")
         print(table(["", "seeds", "reached by", "tokens", "training time, s"], [
@@ -146,6 +165,7 @@ def card(run: Run) -> str:
         "versions": listed(config["versions"]),
         "environment": listed(as_dict(config.get("environment"))),
         "kernels": listed(as_dict(config.get("kernels"))),
+        **{f"went on, {name}": changes(config, then) for name, then in run.later.items()},
         **outcome(run),
         "notes": "; ".join(run.notes),
     }
@@ -179,15 +199,22 @@ def outcome(run: Run) -> dict[str, str]:
     return found
 
 
+def changes(config: dict, later: dict) -> str:
+    """What of the settings, versions, processes and kernels of config.json a config-<step>.json has otherwise."""
+    words = []
+    for part in CHANGING:
+        old, new = (one.get(part) if isinstance(one.get(part), dict) else {part: one.get(part)}
+                    for one in (config, later))
+        words += [f"{name} {setting_words(name, old.get(name))} -> {setting_words(name, new.get(name))}"
+                  for name in old | new if old.get(name) != new.get(name)]
+    return ", ".join(words)
+
+
 def source(path) -> str:
     """The commit, and how much differs from it."""
     commit, _, diff = read_text(path).partition("\n")
     n_lines = len(re.findall(r"^(?:\+(?!\+\+ )|-(?!-- ))", diff, re.MULTILINE))
     return f"{commit[:40] or 'no git checkout'}" + (f" and {n_lines} changed lines" if diff else "") + f" ({path.name})"
-
-
-def as_dict(value) -> dict:
-    return value if isinstance(value, dict) else {}
 
 
 def listed(values: dict) -> str:

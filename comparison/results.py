@@ -3,14 +3,20 @@ What the directory of a run says about it, which runs can be compared, and which
 """
 
 import functools
+import hashlib
 import json
 import math
+import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy.interpolate import PchipInterpolator
 
 from configs.recipes import RESULT_FIELDS, TrainConfig
 from configs.variants import model_name
@@ -27,6 +33,7 @@ NEEDED = {  # of config.json
 }
 RATES = ("learning_rate", "muon_learning_rate")
 USABLE = 0.1  # nats above the best rate's loss
+CHANGING = ("settings", "versions", "processes", "kernels")  # of config.json, in a run that goes on
 COLUMNS = ("step", "tokens", "time_s", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu", "peak_mib",
            "val_loss", "bits_per_byte")
 
@@ -45,6 +52,8 @@ class Run:
     """metrics.jsonl by column, float64 (updates,), nan where there is no value; and flops, spent since the start"""
     not_finite: bool
     """whether a loss or gradient norm in metrics.jsonl is null"""
+    later: dict[str, dict]
+    """config-<step>.json, by file name, of a run that went on after that step"""
     notes: list[str]
     """what one has to know before one believes it"""
 
@@ -73,16 +82,38 @@ class Run:
         return self.config.get("val_targets", self.config["train_config"]["val_tokens"])
 
     @property
+    def guess(self) -> float:
+        """Loss in nats of a model that guesses: ln V."""
+        return math.log(self.gpt_config.vocab_size)
+
+    @functools.cached_property
+    def worse_than_guess(self) -> bool:
+        """By its last validation loss."""
+        return bool((self.evaluations("val_loss")[-1:] > self.guess).any())
+
+    @property
     def diverged(self) -> bool:
-        """A loss, a gradient or the weights were not finite."""
-        return self.not_finite or self.status.get("code") == NOT_FINITE
+        """A loss, a gradient or the weights were not finite, or the last validation loss is above that of a guess."""
+        return self.not_finite or self.status.get("code") == NOT_FINITE or self.worse_than_guess
+
+    @property
+    def comparable(self) -> bool:
+        """It has a validation loss, or diverged before there was one."""
+        return self.diverged or len(self.evaluations("step")) > 0
+
+    @property
+    def last_step(self) -> int:
+        """In metrics.jsonl; 0 before the first update."""
+        return int(self.log["step"][-1]) if len(self.log["step"]) else 0
 
     @property
     def end(self) -> str:
         """How and where it ended, in words."""
         reason = str(self.status.get("reason") or "no status.json: it goes on, or was killed").split(";")[0]
-        step = int(self.log["step"][-1]) if len(self.log["step"]) else 0
-        return f"step {step} of {self.settings['max_steps']}, {reason}"
+        words = f"step {self.last_step} of {self.settings['max_steps']}, {reason}"
+        if self.worse_than_guess:
+            words += f", validation loss {self.evaluations('val_loss')[-1]:.4f}, that of a guess is {self.guess:.4f}"
+        return words
 
     @property
     def finished(self) -> bool:
@@ -98,18 +129,24 @@ class Run:
 
     def at(self, axis: str, x: float, column: str = "val_loss") -> float:
         """
-        The column when tokens, time_s or flops were x: by tokens that of the last evaluation at or before, as it was
-        measured; by the others on the straight line between the evaluations beside x. nan before the first one.
+        The column when tokens, time_s or flops were x: that of an evaluation there. Between two it is nan by tokens,
+        and by time_s and flops on the monotone curve through all (PCHIP), since a straight line, which is all that two
+        give, lies above a loss that falls ever more slowly. nan before the first and after the last.
         """
-        places, values = self.evaluations(axis), self.evaluations(column)
-        if axis == "tokens" and (places <= x).any():
-            return float(values[places <= x][-1])
-        return float(np.interp(x, places, values, left=math.nan)) if len(places) else math.nan
+        known = np.isfinite([self.log[name] for name in ("val_loss", axis, column)]).all(axis=0)
+        places, first = np.unique(self.log[axis][known], return_index=True)
+        values = self.log[column][known][first]
+        if x in places:
+            return float(values[places == x][0])
+        if axis == "tokens" or len(places) < 2:
+            return math.nan
+        return float(PchipInterpolator(places, values, extrapolate=False)(x))
 
     def reaches(self, loss: float) -> tuple[float, float]:
         """
         (Tokens, time_s) when the validation loss first was that low, on the straight line between the evaluations
-        before and after; (nan, nan) if it never was. A run that is below at its first evaluation counts from there.
+        before and after, so a little late for one that falls ever more slowly; (nan, nan) if it never was. A run that
+        is below at its first evaluation counts from there.
         """
         losses = self.evaluations("val_loss")
         if not (losses <= loss).any():
@@ -128,11 +165,12 @@ def spikes(loss: np.ndarray) -> np.ndarray:
     None begins in the first 20 steps. After the spike score of OLMo 2 (arXiv 2501.00656), which takes mean and standard
     deviation of 1,000 steps: more than many runs here have.
     """
-    above = np.zeros(len(loss), dtype=bool)
-    for i in range(SPIKE_START, len(loss)):
-        before = loss[max(0, i - SPIKE_WINDOW) : i]
-        noise = MAD_TO_STD * finite_median(abs(np.diff(before))) / math.sqrt(2)
-        above[i] = loss[i] > finite_median(before) + SPIKE_DEVIATIONS * noise
+    finite = np.concatenate([np.full(SPIKE_WINDOW, math.nan), np.where(np.isfinite(loss), loss, math.nan)])
+    before = sliding_window_view(finite, SPIKE_WINDOW)[:-1]  # (updates, SPIKE_WINDOW), nan where there is none
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of rows that are nan throughout
+        noise = MAD_TO_STD * np.nanmedian(abs(np.diff(before)), axis=1) / math.sqrt(2)
+        above = loss > np.nanmedian(before, axis=1) + SPIKE_DEVIATIONS * noise
+    above[:SPIKE_START] = False
     return above & ~np.roll(above, 1)
 
 
@@ -140,26 +178,31 @@ def spikes(loss: np.ndarray) -> np.ndarray:
 # reading
 
 
-def find_runs(names: Iterable[str], out_dir: str) -> list[Path]:
+def find_runs(names: Iterable[str], out_dir: str) -> dict[Path, Path | None]:
     """
-    Directories of runs: named under out_dir, or by path, or all that a folder holds. BadOption, with the known ones,
-    for a name that is none of these.
+    Directories of runs: named under out_dir, or by path, or all that a folder holds; of each that folder, None for one
+    that was named itself. BadOption, with the known ones, for a name that is none of these.
     """
-    found = []
+    found = {}
     for name in names:
         place = next((path for path in (Path(out_dir) / name, Path(name)) if path.is_dir()), None)
-        inside = [] if place is None else [place] if (place / "metrics.jsonl").exists() else runs_in(place)
-        if place and not inside and (place / "config.json").exists():  # a run before its first update
-            inside = [place]
+        named = place is not None and is_run(place)
+        inside = [] if place is None else [place] if named else runs_in(place)
         if not inside:
             known = ", ".join(path.name for path in runs_in(Path(out_dir))) or "none"
             raise BadOption(f"no run {name!r}, and no folder with runs in it. In {out_dir}: {known}")
-        found += inside
-    return list({path.resolve(): path for path in found}.values())
+        for path in inside:
+            if named or path.resolve() not in found:
+                found[path.resolve()] = path, None if named else place
+    return dict(found.values())
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.json").exists() or (path / "metrics.jsonl").exists()
 
 
 def runs_in(folder: Path) -> list[Path]:
-    return sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    return sorted(path for path in folder.glob("*") if is_run(path))
 
 
 def read_run(path: Path) -> Run:
@@ -187,12 +230,16 @@ def read_run(path: Path) -> Run:
     notes = []
     if n_left_out := len(lines) - len(rows):
         notes.append(f"{path.name}: {n_left_out} of {len(lines)} lines of metrics.jsonl left out: cut off or damaged")
-    for later in sorted(path.glob("config-*.json")):
-        then = read_json(later)
-        changed = [name for name in ("settings", "versions", "processes") if then.get(name) != config.get(name)]
+    run = Run(path, config, read_json(path / "status.json"), gpt_config, log, not_finite,
+              {file.name: read_json(file) for file in sorted(path.glob("config-*.json"))}, notes)
+    ended_at = run.status.get("step")
+    if isinstance(ended_at, int) and ended_at > run.last_step:
+        notes.append(f"{path.name}: metrics.jsonl ends at step {run.last_step}, the run at {ended_at}")
+    for name, then in run.later.items():
+        changed = [part for part in CHANGING if then.get(part) != config.get(part, then.get(part))]
         if changed:
-            notes.append(f"{path.name}: went on with other {' and '.join(changed)}, see {later.name}")
-    return Run(path, config, read_json(path / "status.json"), gpt_config, log, not_finite, notes)
+            notes.append(f"{path.name}: went on with other {' and '.join(changed)}, see {name}")
+    return run
 
 
 def number(value) -> float:
@@ -218,15 +265,30 @@ def model_size(config: GPTConfig, T: int) -> tuple[int, int]:
 # what belongs together
 
 
+def leave_out(runs: list[Run], folders: dict[Path, Path | None]) -> tuple[list[Run], list[str]]:
+    """
+    (The runs without those that a folder held and that have nothing to compare yet; a note for each of these). folders:
+    as `find_runs` has them. Runs that were named, and those of a folder in which none would be left, stay.
+    """
+    some = {folders[run.path] for run in runs if run.comparable} - {None}
+    stays = [run.comparable or folders[run.path] not in some for run in runs]
+    return list(compress(runs, stays)), [f"left out: {run.name}: no validation loss yet ({why_none(run)})"
+                                         for run, stay in zip(runs, stays, strict=True) if not stay]
+
+
+def why_none(run: Run) -> str:
+    return str(run.status.get("reason") or "it has just begun, or was killed")
+
+
 def check_comparable(runs: list[Run]):
     """BadOption, with the reason, unless the validation losses of these runs measure the same."""
     seen = {}
     for run in runs:
-        ended = f"({run.status['reason']})" if run.status.get("reason") else "(it has just begun, or was killed)"
-        if not len(run.log["step"]) and not run.diverged:
-            raise BadOption(f"{run.path / 'metrics.jsonl'} has no update in it {ended}")
-        if not len(run.evaluations("step")) and not run.diverged:
-            raise BadOption(f"{run.path} has no validation loss {ended}: a run is evaluated every --val_every steps")
+        if not run.comparable and not run.last_step:
+            raise BadOption(f"{run.path / 'metrics.jsonl'} has no update in it ({why_none(run)})")
+        if not run.comparable:
+            raise BadOption(f"{run.path} has no validation loss ({why_none(run)}): "
+                            "a run is evaluated every --val_every steps")
         twin = seen.setdefault((json.dumps(run.settings, sort_keys=True), run.seed), run)
         if twin is not run:
             raise BadOption(f"{twin.path} and {run.path} have the same settings and seed: name one of them, for a "
@@ -240,6 +302,58 @@ def check_comparable(runs: list[Run]):
         if other:
             raise BadOption(f"{runs[0].path} and {other.path} {what} ({value(runs[0])!s:.16} and "
                             f"{value(other)!s:.16}): their validation losses cannot be compared")
+
+
+def notes(runs: list[Run]) -> list[str]:
+    """What one has to know before one believes a comparison of these runs."""
+    found = [note for run in runs for note in run.notes]
+    found += [f"unfinished: {run.name} ({run.end})" for run in runs if not run.finished and not run.diverged]
+    found += [f"diverged: {run.name} ({run.end})" for run in runs if run.diverged]
+    if math.isnan(meeting_point(runs, "tokens")) and not all(run.diverged for run in runs):
+        found.append("no losses at equal tokens: all were evaluated at other ones; train them with one --val_every")
+    devices = {f"{run.config.get('processes', 1)} x {run.config['versions']['device']}" for run in runs}
+    if len(devices) > 1:
+        found.append(f"training times and tokens/s are of different machines: {', '.join(sorted(devices))}")
+    beside = [as_dict(run.config.get("environment")).get("runs_beside") for run in runs]
+    if shared := [n for n in beside if isinstance(n, int) and n > 0]:
+        found.append(f"training times and tokens/s of {len(shared)} of {len(runs)} runs were taken with up to "
+                     f"{max(shared)} other runs on the same GPU")
+    found += differing("torch", [run.config["versions"].get("torch", "not known") for run in runs])
+    kernels = [as_dict(run.config.get("kernels")) for run in runs]
+    parts = [part for part in dict.fromkeys(part for one in kernels for part in one)
+             if len({str(one.get(part)) for one in kernels}) > 1]
+    found += differing("kernels", [", ".join(f"{part} {one.get(part, 'not known')}" for part in parts)
+                                   for one in kernels])
+    return found + differing("code", [commit(run) for run in runs])
+
+
+def differing(what: str, values: list) -> list[str]:
+    """A note that names the values and how many runs have each, if they are not the same."""
+    counts = Counter(map(str, values))
+    return [f"different {what}: " + "; ".join(f"{value} ({n} of {len(values)} runs)" for value, n in counts.items())
+            ] if len(counts) > 1 else []
+
+
+def commit(run: Run) -> str:
+    """The git commit, and a hash of what differed from it when the run began."""
+    name, _, changes = read_text(run.path / "source.diff").partition("\n")
+    digest = hashlib.sha256(changes.encode()).hexdigest()
+    return (name[:10] or "not known") + f" with changes {digest[:8]}" * bool(changes)
+
+
+def as_dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def meeting_point(runs: list[Run], axis: str) -> float:
+    """
+    Where these runs are compared, those that diverged apart: by tokens the largest number at which every one was
+    evaluated; by time_s or flops the least at which one was evaluated last. nan if there is none.
+    """
+    places = [run.evaluations(axis) for run in runs if not run.diverged]
+    if axis == "tokens" and places:
+        places = [functools.reduce(np.intersect1d, places)]
+    return float(min((place[-1] for place in places if len(place)), default=math.nan))
 
 
 @dataclass
@@ -261,7 +375,7 @@ class Group:
 
 def setting_words(name: str, value) -> str:
     """Of a directory only its name."""
-    return Path(value).name if name == "init_from" and value else str(value)
+    return Path(str(value)).name if name == "init_from" and value else str(value)
 
 
 def group_runs(runs: list[Run], ignore: tuple[str, ...] = ("seed",)) -> list[Group]:

@@ -6,13 +6,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from small import VOCAB, Runs, call, make_data, metrics, words
 from small import runs as runs  # a fixture
 
 import compare
 import machine
 import train_gpt2
-from comparison.results import find_runs, group_runs, read_run, spikes
+from comparison.numbers import opponents, over_rates, usable_rates
+from comparison.results import find_runs, finite_median, group_runs, read_run, spikes
+from comparison.significance import smallest_difference
 from configs.recipes import RESULT_FIELDS, TrainConfig
 from configs.variants import model_name
 from model import GPT, GPTConfig
@@ -34,7 +38,8 @@ def write_run(path, val_losses, seed=0, step_s=1.0, val_every=10, losses=None, m
               "train_config": {"data": "/somewhere/texts", "val_tokens": val_tokens}, "versions": {"device": device}}
     rows = []
     for step in range(1, n + 1):
-        row = {"step": step, "tokens": step * BATCH, "time_s": step * step_s, "loss": 5.0, "lr": 1e-3, "grad_norm": 1.0,
+        row = {"step": step, "tokens": step * BATCH, "time_s": step * step_s, "loss": 5.0, "lr": 1e-3,
+               "grad_norm": 1 + step / 100,
                "step_ms": 1000 * step_s, "tokens_per_s": BATCH / step_s, "mfu": None, "peak_mib": None}
         if losses is not None:
             row["loss"] = losses[step - 1]
@@ -99,13 +104,37 @@ def test_equal_tokens_time_and_flops(capsys, folder):
     assert row["bits_per_byte"] == pytest.approx(row["mean"] / 4)
 
 
-def test_between_evaluations_time_is_interpolated_and_tokens_are_not(tmp_path, capsys):
-    write_run(tmp_path / "a", [5.0, 4.0, 3.0], step_s=1.0, val_every=10)  # evaluated after 10, 20, 30 s
-    write_run(tmp_path / "b", [6.0, 5.0], step_s=1.0, val_every=13, learning_rate=1.0)  # 13 and 26
+def test_equal_tokens_are_those_of_an_evaluation_of_every_run(tmp_path, capsys):
+    """a is evaluated after 10, 20, 30, b after 20, 40: 20 is the last that both have. Time is interpolated, to 30 s."""
+    for seed in range(2):
+        write_run(tmp_path / f"a{seed}", [5.0, 4.0, 3.0], seed, val_every=10)
+        write_run(tmp_path / f"b{seed}", [6.0, 5.0], seed, val_every=20, learning_rate=1.0)
     found = numbers(capsys, tmp_path)["at_equal"]
-    assert found["tokens"]["at"] == 26_000 and found["time_s"]["at"] == 26
-    assert [row["mean"] for row in found["tokens"]["groups"]] == [4.0, 5.0]
-    assert [row["mean"] for row in found["time_s"]["groups"]] == [pytest.approx(3.4), 5.0]
+    assert found["tokens"]["at"] == 20_000 and found["time_s"]["at"] == 30
+    assert [row["mean"] for row in found["tokens"]["groups"]] == [4.0, 6.0]
+    assert [row["mean"] for row in found["time_s"]["groups"]] == [3.0, 5.5]  # of two evaluations, the straight line
+    assert "as at equal tokens" not in run_compare(capsys, tmp_path).out  # of FLOPs there is more
+
+
+def test_no_evaluation_in_common_is_no_loss_and_said(tmp_path, capsys):
+    write_run(tmp_path / "a", [5.0, 4.0, 3.0], val_every=10)
+    write_run(tmp_path / "b", [6.0, 5.0], val_every=13, learning_rate=1.0)
+    found = run_compare(capsys, tmp_path, "--plots", tmp_path / "plots")
+    assert found.code == 0 and "### At equal tokens: -" in found.out and "nan" not in found.out
+    assert "- no losses at equal tokens: all were evaluated at other ones; train them with one --val_every" in found.out
+    assert not (tmp_path / "plots" / "learning_rate.png").exists()
+    assert [row["mean"] for row in numbers(capsys, tmp_path)["at_equal"]["tokens"]["groups"]] == [None, None]
+
+
+def test_between_evaluations_the_curve_is_less_biased_than_a_straight_line(tmp_path):
+    """On 3 + 4 / sqrt(s), evaluated after 10, 20, ... 70 s; a straight line lies above it everywhere."""
+    at, between = np.arange(10, 71, 10), np.arange(12, 70, 0.5)
+    run = read_run(write_run(tmp_path / "run", list(3 + 4 / np.sqrt(at))))
+    exact = 3 + 4 / np.sqrt(between)
+    bias = np.mean([run.at("time_s", x) for x in between] - exact)
+    assert abs(bias) < 0.35 * np.mean(np.interp(between, at, run.evaluations("val_loss")) - exact)
+    assert [run.at("time_s", x) for x in at] == run.evaluations("val_loss").tolist()
+    assert all(math.isnan(run.at(axis, x)) for axis, x in [("time_s", 9.9), ("time_s", 70.1), ("tokens", 15_000)])
 
 
 def test_before_the_first_evaluation_there_is_no_loss(tmp_path, capsys):
@@ -132,12 +161,26 @@ def test_the_table_says_what_scipy_says(capsys, folder):
     out = run_compare(capsys, folder).out
     assert "4.0133 ± 0.0153" in out and "| 3 | " in out and f"{row['p']:.2g}" in out
     assert f"({row['low']:+.4f} to {row['high']:+.4f})" in out
+    assert f"| better | -0.0987 | {row['paired_p']:.2g} (3) |" in out and "| against `d1_2heads_64wide-" in out
 
 
 @pytest.mark.parametrize("name", ["d1_2heads_96wide-vocab_size=512", "wide2"])
 def test_baseline(capsys, folder, name):
     row = numbers(capsys, folder, "--baseline", name)["at_equal"]["tokens"]["against"][0]
     assert row["verdict"] == "worse" and row["difference"] > 0
+
+
+def test_power_goes_by_the_noise_of_all_groups(capsys, folder):
+    """A third group is less sure; by hand: variances 1, 1.21 and 100 times that of 0, 0.01, 0.03."""
+    for seed, offset in enumerate((0.0, 0.1, 0.3)):
+        write_run(folder / f"other{seed}", [5.0, 4.2 + offset], seed, learning_rate=1.0)
+    found = numbers(capsys, folder)["at_equal"]["tokens"]
+    noise = np.std([0, 0.01, 0.03], ddof=1) * math.sqrt((1 + 1.21 + 100) / 3)
+    assert found["noise"] == pytest.approx(noise) and found["freedom"] == 6
+    assert [row["smallest"] for row in found["against"]] == [pytest.approx(smallest_difference(noise, 3, 3))] * 2
+    low, high = noise * math.sqrt(6 / 14.449), noise * math.sqrt(6 / 1.237)  # chi-squared's table
+    assert found["noise_interval"] == pytest.approx([low, high], rel=1e-3)
+    assert "Noise floor: 0.0892 (95 % interval 0.0575 to 0.1963)" in run_compare(capsys, folder).out
 
 
 def test_unknown_baseline(capsys, folder):
@@ -181,6 +224,32 @@ def test_groups_and_labels(tmp_path):
     assert [group.label for group in by_rate] == names
 
 
+def write_sweep(folder, groups):
+    """Runs `<place of the group>-<seed>` of groups (model, learning rate, losses by seed)."""
+    for i, (model, rate, losses) in enumerate(groups):
+        for seed, loss in enumerate(losses):
+            write_run(folder / f"{i}-{seed}", [6.0, loss], seed, model=model, learning_rate=rate)
+
+
+def test_a_group_is_tested_against_the_baselines_line_at_its_own_rate(capsys, tmp_path):
+    """wide is better than small at no rate, and would be at 1e-3 against small at 1e-4; 1e-2 has no small."""
+    seeds = np.array([0.0, 0.01, 0.03])
+    write_sweep(tmp_path, [(SMALL, 1e-4, 4 + seeds), (SMALL, 1e-3, 3.5 + seeds), (WIDE, 1e-4, 4.1 + seeds),
+                           (WIDE, 1e-3, 3.5 + 2 * seeds), (WIDE, 1e-2, 4.6 + seeds)])
+    small, wide = (model_name(GPTConfig(**model)) for model in (SMALL, WIDE))
+    low, middle, high = (f"-learning_rate={rate}" for rate in (1e-4, 1e-3, 1e-2))
+    against = numbers(capsys, tmp_path)["at_equal"]["tokens"]["against"]
+    assert [(row["label"], row["against"], row["verdict"]) for row in against] == [
+        (small + middle, small + low, "better"), (wide + low, small + low, "worse"),
+        (wide + middle, small + middle, "not shown"), (wide + high, small + low, "worse")]
+    out = run_compare(capsys, tmp_path).out
+    assert "|  | against | difference, 95 % interval |" in out
+    assert f"| `{wide}{middle}` | `{small}{middle}` | +0.0133 (" in out
+    groups = group_runs([read_run(path) for path in find_runs([str(tmp_path)], "runs")])
+    assert opponents(groups) == [0, 0, 1, 0]
+    assert opponents([groups[3], groups[4], groups[1], groups[0], groups[2]]) == [0, 0, 4, 0]  # wide is the baseline
+
+
 def test_an_older_run_has_the_defaults_of_what_it_does_not_say(tmp_path):
     new, old = write_run(tmp_path / "new", [4.0]), write_run(tmp_path / "old", [4.0], seed=1)
     config = json.loads((old / "config.json").read_text())
@@ -193,8 +262,11 @@ def test_names_paths_and_folders(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     expected = [folder / name for name in ("small0", "small1", "small2", "wide0", "wide1", "wide2")]
     assert [path.resolve() for path in find_runs([folder.name], "runs")] == expected
-    assert find_runs(["small1", str(folder / "small1"), str(folder / "wide0")], str(folder)) == [
-        folder / "small1", folder / "wide0"]
+    assert find_runs(["small1", str(folder / "small1"), str(folder / "wide0")], str(folder)) == {
+        folder / "small1": None, folder / "wide0": None}
+    assert find_runs([str(folder), str(folder / "wide0")], "runs") == {
+        path: None if path.name == "wide0" else folder for path in expected}
+    assert find_runs([str(folder / "wide0"), str(folder)], "runs")[folder / "wide0"] is None
     (folder / "no run").mkdir()
     assert len(find_runs([str(folder)], "runs")) == 6
 
@@ -222,15 +294,26 @@ def test_losses_that_cannot_be_compared(capsys, tmp_path, change, reason):
     assert reason in error and "one" in error and "two" in error
 
 
-def test_empty_log_and_no_evaluation(capsys, tmp_path):
-    write_run(tmp_path / "good", [4.0])
-    write_run(tmp_path / "bad", [4.0], seed=1, status="out of memory", code=1)
-    (tmp_path / "bad" / "metrics.jsonl").write_text("")
-    error = refused(capsys, tmp_path)
-    assert "bad/metrics.jsonl has no update in it (out of memory)" in error
-    rows = [{key: row[key] for key in ("step", "tokens", "time_s", "loss")} for row in metrics(tmp_path / "good")]
-    (tmp_path / "bad" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "bad has no validation loss (out of memory): " in refused(capsys, tmp_path)
+def test_runs_without_a_loss_are_left_out_of_a_folder_and_refused_by_name(capsys, tmp_path):
+    write_run(tmp_path / "half" / "good", [4.0])
+    for name, status in {"before": None, "empty": "out of memory", "early": None}.items():
+        write_run(tmp_path / "half" / name, [4.0], seed=1, status=status, code=1)
+    before, empty, early = (tmp_path / "half" / name / "metrics.jsonl" for name in ("before", "empty", "early"))
+    before.unlink()
+    empty.write_text("")
+    early.write_text("".join(early.read_text().splitlines(keepends=True)[:5]))
+    found = run_compare(capsys, tmp_path / "half")
+    assert found.code == 0 and "Runs: 1, groups: 1" in found.out and found.out.count("- left out: ") == 3
+    for name, reason in {"before": "it has just begun, or was killed", "empty": "out of memory"}.items():
+        assert f"- left out: {name}: no validation loss yet ({reason})\n" in found.out
+    assert "empty/metrics.jsonl has no update in it (out of memory)" in refused(capsys, empty.parent)
+    assert "early has no validation loss (it has just begun, or was killed): " in refused(capsys, early.parent)
+    assert "before/metrics.jsonl has no update" in refused(capsys, tmp_path / "half", before.parent)
+    assert "before/metrics.jsonl has no update" in refused(capsys, tmp_path / "half" / "good", before.parent)
+    write_run(tmp_path / "new" / "run", [4.0], seed=2, status=None)
+    (tmp_path / "new" / "run" / "metrics.jsonl").unlink()
+    assert "run/metrics.jsonl has no update" in refused(capsys, tmp_path / "new")
+    assert "run/metrics.jsonl has no update" in refused(capsys, tmp_path / "new", tmp_path / "half")
 
 
 @pytest.mark.parametrize("damage", [
@@ -308,6 +391,49 @@ def test_a_run_that_went_on_with_other_settings_is_named(capsys, folder):
     config["settings"]["learning_rate"] = 1.0
     later.write_text(json.dumps(config))
     assert "- small0: went on with other settings, see config-00000010.json" in run_compare(capsys, folder).out
+    rewrite(folder / "small0", kernels={"parts": "fused", "dtype": "bfloat16"})
+    rewrite(later, kernels={"parts": "plain", "dtype": "bfloat16"}, processes=2)
+    expected = "- small0: went on with other settings and processes and kernels, see config-00000010.json"
+    assert expected in run_compare(capsys, folder).out
+    assert ("| went on, config-00000010.json | learning_rate 0.0006 -> 1.0, processes 1 -> 2, parts fused -> plain |"
+            in run_compare(capsys, "--card", folder / "small0").out)
+    for damaged in ({"settings": {"init_from": 5}, "kernels": [1], "versions": None}, {"settings": "x"}):
+        later.write_text(json.dumps(damaged))
+        assert "| went on, config-00000010.json | " in run_compare(capsys, "--card", folder / "small0").out
+
+
+def test_a_log_that_ends_before_the_run_is_named(capsys, folder):
+    path = folder / "wide1" / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:10]))
+    assert "- wide1: metrics.jsonl ends at step 10, the run at 20" in run_compare(capsys, folder).out
+    assert numbers(capsys, folder)["notes"] == ["wide1: metrics.jsonl ends at step 10, the run at 20"]
+
+
+def rewrite(path, **changes):
+    """config.json of the run, or another file like it, with these values."""
+    path = path / "config.json" if path.is_dir() else path
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_else_differs_between_runs_is_named_once_for_each_kind(capsys, folder):
+    for path in folder.iterdir():
+        kernels = {"attention": "cuDNN", "parts": "fused", "dtype": "bfloat16"}
+        rewrite(path, versions={"device": "CPU", "torch": "2.13.0"}, kernels=kernels, environment={"runs_beside": 0})
+        (path / "source.diff").write_text("a" * 40 + "\n")
+    assert numbers(capsys, folder)["notes"] == []
+    for i in range(2):
+        rewrite(folder / f"wide{i}", versions={"device": "CPU", "torch": "2.11.0"},
+                kernels=kernels | {"parts": "plain"}, environment={"runs_beside": i + 1})
+    (folder / "wide0" / "source.diff").write_text("b" * 40 + "\n")
+    (folder / "wide1" / "source.diff").write_text("a" * 40 + "\n+one\n")
+    (folder / "wide2" / "source.diff").write_text("a" * 40 + "\n+two\n")
+    *found, code = numbers(capsys, folder)["notes"]
+    assert found == [
+        "training times and tokens/s of 2 of 6 runs were taken with up to 2 other runs on the same GPU",
+        "different torch: 2.13.0 (4 of 6 runs); 2.11.0 (2 of 6 runs)",
+        "different kernels: parts fused (4 of 6 runs); parts plain (2 of 6 runs)"]
+    assert code.startswith(f"different code: {'a' * 10} (3 of 6 runs); {'b' * 10} (1 of 6 runs); ")
+    assert code.count(f"{'a' * 10} with changes ") == 2
 
 
 def test_a_single_seed_has_no_p_value(capsys, tmp_path):
@@ -351,6 +477,17 @@ def test_diverged_runs_count(capsys, folder, how):
     assert row["p"] is None and row["verdict"] == "-"
 
 
+def test_worse_than_a_guess_has_diverged(capsys, folder):
+    """ln V is 6.238; once above it and then below is sound."""
+    write_run(folder / "small3", [6.0, 6.3], seed=3)
+    write_run(folder / "small4", [6.3, 4.0], seed=4)
+    found = run_compare(capsys, folder)
+    assert ("- diverged: small3 (step 20 of 20, finished, validation loss 6.3000, that of a guess is 6.2383)"
+            in found.out)
+    assert "diverged 1 of 5" in found.out and "small4" not in found.out
+    assert numbers(capsys, folder)["at_equal"]["tokens"]["groups"][0]["mean"] == pytest.approx(4.01)
+
+
 def test_all_diverged(capsys, tmp_path):
     for seed in range(2):
         write_run(tmp_path / str(seed), [4.0, None], seed, status="step 20: loss nan", code=6)
@@ -364,9 +501,9 @@ def test_all_diverged(capsys, tmp_path):
 
 def test_usable_rates_by_hand():
     """The limit is 3.1: on the left half way between two rates, by their logarithm, on the right at a third."""
-    assert compare.usable_rates([1e-4, 1e-3, 1e-2], [3.2, 3.0, 3.3]) == pytest.approx((10**-3.5, 10 ** (-3 + 1 / 3)))
-    assert compare.usable_rates([1e-4, 1e-3, 1e-2], [3.05, 3.0, 3.1]) == (1e-4, 1e-2)  # all, so perhaps more
-    assert compare.usable_rates([1e-4, 1e-3, 1e-2, 1e-1], [3.0, 4.0, 3.0, 4.0])[1] < 1e-3  # around the first best alone
+    assert usable_rates([1e-4, 1e-3, 1e-2], [3.2, 3.0, 3.3]) == pytest.approx((10**-3.5, 10 ** (-3 + 1 / 3)))
+    assert usable_rates([1e-4, 1e-3, 1e-2], [3.05, 3.0, 3.1]) == (1e-4, 1e-2)  # all, so perhaps more
+    assert usable_rates([1e-4, 1e-3, 1e-2, 1e-1], [3.0, 4.0, 3.0, 4.0])[1] < 1e-3  # around the first best alone
 
 
 def test_sensitivity_to_the_learning_rate(capsys, tmp_path):
@@ -391,6 +528,51 @@ def test_sensitivity_to_the_learning_rate(capsys, tmp_path):
     assert "| 2 | 3, 0.0001 to 0.01 | 0.001 | 3.0500 | 0.00032 to 0.0022 | 0.83 (0.83 to 0.83) | 0.167" in out
 
 
+def test_lines_at_their_best_rates(capsys, tmp_path):
+    """wide is best at 1e-3, small at 1e-2; by scipy on the losses there. A third line diverges at its best rate."""
+    from scipy import stats
+
+    seeds, rates = np.array([0.0, 0.01, 0.03]), (1e-4, 1e-3, 1e-2)
+    lines = [(SMALL, [4, 3.5, 3.4]), (WIDE, [4.1, 3.3, 3.6]), (SMALL | {"n_head": 4}, [5, 4, 5])]
+    write_sweep(tmp_path, [(model, rate, loss + (1 + i) * seeds) for i, (model, losses) in enumerate(lines)
+                           for rate, loss in zip(rates, losses, strict=True)])
+    rows = numbers(capsys, tmp_path)["rates"]["learning_rate"]
+    assert rows[0]["best_against"] is None and [row["best_rate"] for row in rows] == [1e-2, 1e-3, 1e-3]
+    tests = [row["best_against"] for row in rows[1:]]
+    expected = [stats.ttest_ind(b, 3.4 + seeds, equal_var=False) for b in (3.3 + 2 * seeds, 4 + 3 * seeds)]
+    for test, by_scipy in zip(tests, expected, strict=True):
+        assert test["against"] == rows[0]["label"] and test["p"] == pytest.approx(by_scipy.pvalue)
+        assert [test["low"], test["high"]] == pytest.approx(list(by_scipy.confidence_interval(0.95)))
+    assert tests[0]["difference"] == pytest.approx(-0.1 + np.mean(seeds))
+    assert tests[1]["p_holm"] == pytest.approx(2 * tests[1]["p"]) and tests[0]["p_holm"] == tests[0]["p"]
+    out = run_compare(capsys, tmp_path).out
+    cell = f"{tests[0]['difference']:+.4f} ({tests[0]['low']:+.4f} to {tests[0]['high']:+.4f})"
+    assert f"| {cell} | {tests[0]['p_holm']:.2g} |" in out and "best rate was chosen by the same runs" in out
+    assert f"at its best against `{rows[0]['label']}` at its best" in out
+    (tmp_path / "7-2" / "status.json").write_text(json.dumps({"reason": "step 20: loss nan", "step": 20, "code": 6}))
+    assert numbers(capsys, tmp_path)["rates"]["learning_rate"][2]["best_against"]["p"] is None
+
+
+def test_a_single_seed_at_the_best_rates_has_dashes(capsys, tmp_path):
+    write_sweep(tmp_path, [(model, rate, [4 - rate]) for model in (SMALL, WIDE) for rate in (1e-4, 1e-3, 1e-2)])
+    assert "| 0 | +0.0000 | - |\n" in run_compare(capsys, tmp_path).out
+
+
+def test_a_run_without_a_loss_at_the_point_is_no_guess(tmp_path):
+    write_sweep(tmp_path, [(SMALL, rate, [4.0, 4.1]) for rate in (1e-4, 1e-3, 1e-2)])
+    groups = group_runs([read_run(path) for path in find_runs([str(tmp_path)], "runs")])
+    assert over_rates(groups, "learning_rate", 20_000)[0]["seeds"] == 2
+    log = groups[1].runs[0].log
+    log["val_loss"][-1] = math.nan  # seed 0 was not evaluated there at one of the rates
+    assert over_rates(groups, "learning_rate", 20_000)[0]["val_loss"] == [4.1, 4.1, 4.1]
+
+
+def test_a_rate_of_0_has_no_range(capsys, tmp_path):
+    write_sweep(tmp_path, [(SMALL, rate, [4.0, 4.1]) for rate in (0.0, 1e-3, 1e-2)])
+    found = run_compare(capsys, tmp_path, "--plots", tmp_path / "plots")
+    assert found.code == 0 and found.err == "" and "Over the learning rate" not in found.out
+
+
 def test_two_rates_or_none_that_learns_have_no_range(capsys, folder):
     write_run(folder / "other", [9.0, 4.0], learning_rate=1.0)
     for i in range(3):
@@ -413,6 +595,27 @@ def test_spikes():
     loss[900:902] = math.nan
     assert np.flatnonzero(spikes(loss)).tolist() == [300, 1500]
     assert spikes(np.full(100, math.nan)).sum() == spikes(np.array([])).sum() == 0
+
+
+@pytest.mark.parametrize("n", [0, 1, 20, 21, 49, 51, 52, 400])
+def test_spikes_are_those_of_a_loop_over_the_steps(n):
+    def one_by_one(loss):
+        above = np.zeros(len(loss), dtype=bool)
+        for i in range(20, len(loss)):
+            before = loss[max(0, i - 50) : i]
+            with np.errstate(invalid="ignore"):  # of two infinities
+                noise = 1.4826 * finite_median(abs(np.diff(before))) / math.sqrt(2)
+            above[i] = loss[i] > finite_median(before) + 7 * noise
+        return above & ~np.roll(above, 1)
+
+    rng = np.random.default_rng(n)
+    for part_nan in (0.0, 0.1, 0.9):
+        for _ in range(5):
+            loss = rng.standard_t(1.5, n)  # many far outside
+            loss[rng.random(n) < part_nan] = math.nan
+            assert spikes(loss).tolist() == one_by_one(loss).tolist()
+            loss[rng.random(n) < part_nan] = math.inf
+            assert spikes(loss).tolist() == one_by_one(loss).tolist()
 
 
 def test_spikes_are_counted(capsys, tmp_path):
@@ -443,6 +646,71 @@ def test_plots(capsys, folder):
         assert 500 < width < 1000 and 300 < height < 1200 and (folder / "plots" / name).stat().st_size < 150_000
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """{file name: figure} of the plots that are drawn; none is written."""
+    drawn = {}
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.update({path.name: figure}))
+    return drawn
+
+
+def band_of(panel, i: int) -> dict[float, tuple[float, float]]:
+    """{x: (lowest, highest)} of the i-th band, which must be visible and have the colour of its line."""
+    band = panel.collections[i]
+    assert band.get_alpha() == 0.2 and tuple(band.get_facecolor()[0]) == to_rgba(f"C{i}", 0.2)
+    x, y = band.get_paths()[0].vertices.T
+    return {at: (y[x == at].min(), y[x == at].max()) for at in sorted(set(x))}
+
+
+def data_of(line) -> dict[float, float]:
+    return dict(zip(*map(np.ndarray.tolist, map(np.asarray, line.get_data())), strict=True))
+
+
+def test_what_the_losses_plots_show(capsys, folder, figures):
+    """Mean and range of the three seeds; wide takes 2 s a step. A run that diverges has a cross where it ends."""
+    write_run(folder / "wide3", [4.9, None], seed=3, step_s=2.0, model=WIDE, code=6)
+    assert run_compare(capsys, folder, "--plots", folder / "plots").code == 0
+    for name, step, wide_step in (("loss_over_tokens.png", 1000, 1000), ("loss_over_time.png", 1.0, 2.0)):
+        [panel] = figures[name].axes
+        small, wide, cross = panel.lines
+        assert data_of(small) == pytest.approx({10 * step: 5 + 0.04 / 3, 20 * step: 4 + 0.04 / 3})
+        assert data_of(wide) == pytest.approx({10 * wide_step: 4.9 + 0.044 / 4, 20 * wide_step: 3.9 + 0.044 / 3})
+        assert (small.get_color(), wide.get_color(), cross.get_color()) == ("C0", "C1", "C1")
+        assert band_of(panel, 0) == {10 * step: pytest.approx((5, 5.03)), 20 * step: pytest.approx((4, 4.03))}
+        assert band_of(panel, 1) == {10 * wide_step: pytest.approx((4.9, 4.933)),
+                                     20 * wide_step: pytest.approx((3.9, 3.933))}
+        assert list(data_of(cross)) == [20 * wide_step] and cross.get_marker() == "x"
+
+
+def test_what_the_stability_plot_shows(capsys, tmp_path, figures):
+    """Loss above with a triangle at its spike, cut off at 1.25 ln V; the gradient norm, and not the loss, below."""
+    losses = [5 + 0.01 * (i % 5) for i in range(60)]
+    losses[40] = 20.0
+    write_run(tmp_path / "run", [4.0], val_every=60, losses=losses)
+    assert run_compare(capsys, tmp_path / "run", "--plots", tmp_path / "plots").code == 0
+    above, below = figures["stability.png"].axes
+    tokens, (loss, spike), [norm] = [1000 * n for n in range(1, 61)], above.lines, below.lines
+    highest = 1.25 * math.log(VOCAB)
+    assert data_of(loss) == pytest.approx(dict(zip(tokens, np.minimum(losses, highest), strict=True)))
+    assert data_of(spike) == {41_000: pytest.approx(highest)} and spike.get_marker() == "v"
+    assert data_of(norm) == pytest.approx({x: 1 + x / 100_000 for x in tokens}) and "gradient" in below.get_ylabel()
+
+
+def test_what_the_learning_rate_plot_shows(capsys, tmp_path, figures):
+    """At the last tokens at which all were evaluated, 20,000; of three rates one diverges, and 0 has no place."""
+    for name, losses, rate, others in [
+            ("a0", [5.0, 4.0, 3.0], 1e-4, {}), ("a1", [5.0, 4.2, 3.0], 1e-4, {"seed": 1}),
+            ("b0", [3.5], 1e-3, {"val_every": 20}), ("c0", [5.0, 4.5, 3.0], 1e-2, {}),
+            ("c1", [5.0, None], 1e-2, {"seed": 1, "code": 6}), ("zero", [6.0, 6.1, 6.2], 0.0, {})]:
+        write_run(tmp_path / name, losses, learning_rate=rate, max_steps=30, **others)
+    assert run_compare(capsys, tmp_path, "--plots", tmp_path / "plots").code == 0
+    [panel] = figures["learning_rate.png"].axes
+    cross, means = panel.lines
+    assert data_of(means) == pytest.approx({1e-4: 4.1, 1e-3: 3.5, 1e-2: 4.5}) and "20,000 tokens" in panel.get_title()
+    assert band_of(panel, 0) == {1e-4: pytest.approx((4.0, 4.2)), 1e-3: (3.5, 3.5), 1e-2: (4.5, 4.5)}
+    assert list(data_of(cross)) == [1e-2] and [text.get_text() for text in panel.texts] == ["  1 of 2"]
+
+
 def test_what_cannot_be_written(capsys, folder):
     (folder / "file").touch()
     for option in ("--plots", "--json"):
@@ -456,14 +724,18 @@ def test_card_of_a_real_run(runs, capsys, monkeypatch):
     monkeypatch.setattr(machine, "versions", lambda device: {"device": "another", "torch": "9"})
     assert runs(val_every=3, save_every=3) == 0
     capsys.readouterr()
-    found = run_compare(capsys, "--card", runs.path, "--plots", runs.out_dir)
-    assert found.code == 0
-    assert {path.name for path in runs.path.glob("*.png")} == {
-        "loss_over_tokens.png", "loss_over_time.png", "stability.png"}
+    found = run_compare(capsys, "--card", runs.path)
+    assert found.code == 0 and found.err == ""
+    names = {"loss_over_tokens.png", "loss_over_time.png", "stability.png"}
+    assert {path.name for path in runs.path.glob("*.png")} == names
+    assert run_compare(capsys, "--card", runs.path, "--plots", runs.directory / "plots").code == 0
+    assert {path.name for path in (runs.directory / "plots" / "run").iterdir()} == names
     shards = json.loads((runs.data / "manifest.json").read_text())["shards"]
     expected = ["step 6 of 6, finished, exit code 0", "| learning_rate | 0.01 |", "768 tokens", "tyro 1",
                 "attention fused SDPA for CPU", "dtype float32", "compiled False", "(source-00000003.diff)",
-                "cpu_cores", "went on with other versions", *(f"{one['file']} | {one['sha256']}" for one in shards)]
+                "cpu_cores", "went on with other versions", "| went on, config-00000003.json | device ",
+                f"-> another, torch {train_gpt2.torch.__version__} -> 9",
+                *(f"{one['file']} | {one['sha256']}" for one in shards)]
     assert [words for words in expected if words not in found.out] == []
     assert f"{metrics(runs.path)[-1]['val_loss']:.4f} at step 6" in found.out
     assert str(runs.directory) not in found.out and "nan" not in found.out
@@ -489,6 +761,22 @@ def test_driver_version():
         assert machine.first(machine.DRIVER, text) == "535.161.08"
 
 
+def test_plots_of_runs_without_any_update(capsys, tmp_path):
+    for seed in range(2):
+        path = write_run(tmp_path / str(seed), [4.0], seed, status="step 1: loss nan", code=6)
+        (path / "metrics.jsonl").write_text("")
+    found = run_compare(capsys, tmp_path, "--plots", tmp_path / "plots")
+    assert found.code == 0 and found.err == "" and len(list((tmp_path / "plots").iterdir())) == 3
+
+
+@pytest.mark.filterwarnings("error")
+def test_plots_of_a_log_without_gradient_norms(capsys, tmp_path):
+    path = write_run(tmp_path / "run", [4.0])
+    rows = [json.dumps({key: value for key, value in row.items() if key != "grad_norm"}) for row in metrics(path)]
+    (path / "metrics.jsonl").write_text("\n".join(rows))
+    assert run_compare(capsys, "--card", path).err == "" and len(list(path.glob("*.png"))) == 3
+
+
 def test_card_of_a_run_that_failed_at_once(capsys, tmp_path):
     path = write_run(tmp_path / "run", [4.0], status="out of memory: use less", code=1)
     (path / "metrics.jsonl").unlink()
@@ -496,7 +784,18 @@ def test_card_of_a_run_that_failed_at_once(capsys, tmp_path):
     found = run_compare(capsys, "--card", path)
     assert found.code == 0 and "step 0 of 10, out of memory: use less, exit code 1" in found.out
     assert f"{'a' * 40} and 2 changed lines (source.diff)" in found.out and "| updates | none |" in found.out
-    assert "/somewhere" not in found.out
+    assert "/somewhere" not in found.out and found.err == "no plots: run has no updates\n"
+    assert run_compare(capsys, "--card", path, "--plots", tmp_path / "plots").err == found.err
+
+
+def test_card_of_a_run_whose_directory_cannot_be_written_to(capsys, tmp_path):
+    path = write_run(tmp_path / "run", [4.0])
+    (path / "stability.png").mkdir()
+    found = run_compare(capsys, "--card", path)
+    assert found.code == 0 and "# run" in found.out
+    assert found.err.startswith("no plots: cannot write to ") and found.err.count("\n") == 1
+    (tmp_path / "plots").touch()
+    assert run_compare(capsys, "--card", path, "--plots", tmp_path / "plots").code == 5
 
 
 def test_real_runs(tmp_path, capsys):
