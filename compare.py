@@ -28,10 +28,11 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
+from comparison.groups import RATES, Group, check_comparable, group_runs, leave_out, notes
 from comparison.numbers import AXES, compare_at, over_rates, reaching
 from comparison.plots import plot_all
 from comparison.report import card, print_report
-from comparison.results import RATES, Group, Run, check_comparable, find_runs, group_runs, leave_out, notes, read_run
+from comparison.results import Run, find_runs, read_run
 from files import write_text
 from rundir import BAD_OPTION, DONE, INTERRUPTED, BadOption, CannotWrite, writing
 

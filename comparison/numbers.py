@@ -9,10 +9,12 @@ from dataclasses import asdict
 import numpy as np
 
 from comparison import significance
-from comparison.results import RATES, USABLE, Group, by_rate, finite_median, meeting_point
+from comparison.groups import RATES, Group, by_rate, meeting_point
+from comparison.results import finite_median
 from comparison.significance import Comparison
 
 AXES = ("tokens", "time_s", "flops")
+USABLE = 0.1  # nats above the best rate's loss
 
 
 def summary(group: Group, axis: str, x: float) -> dict:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from tqdm import tqdm
 
-from comparison.results import RATES, Group, by_rate, meeting_point
+from comparison.groups import RATES, Group, by_rate, meeting_point
 from rundir import writing
 
 FEW = 10  # groups that the standard colours can tell apart

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from comparison.results import CHANGING, USABLE, Group, Run, as_dict, finite_median, model_size, setting_words
+from comparison.groups import Group, as_dict, setting_words
+from comparison.numbers import USABLE
+from comparison.results import CHANGING, Run, finite_median, model_size
 from comparison.significance import MOST_SEEDS
 from configs.variants import model_name
 from files import read_text

@@ -14,8 +14,9 @@ from small import runs as runs  # a fixture
 import compare
 import machine
 import train_gpt2
+from comparison.groups import group_runs
 from comparison.numbers import opponents, over_rates, usable_rates
-from comparison.results import find_runs, finite_median, group_runs, read_run, spikes
+from comparison.results import find_runs, finite_median, read_run, spikes
 from comparison.significance import smallest_difference
 from configs.recipes import RESULT_FIELDS, TrainConfig
 from configs.variants import model_name
