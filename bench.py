@@ -33,7 +33,7 @@ from configs.variants import model_name, variant
 from costs.floor import measure_floor
 from costs.kernel_kinds import ALL_KINDS, OPTIMIZER, profile
 from costs.measure import ratio, step_times
-from costs.memory import MIB
+from costs.memory import MIB, training_mib
 from files import write_json
 from kernels.attention import forget_compiled
 from kernels.compiling import SlowPath, compiles
@@ -217,6 +217,7 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
         peak_flops = machine.peak_flops(machine.device_name(device)) if dtype == torch.bfloat16 else None
         figure |= {"step_ms": ms, "tokens_per_s": 1000 * config.tokens / ms,
                    "mfu": flops_per_s / peak_flops if peak_flops else None,
+                   "predicted_mib": training_mib(config, config.gpt, config.batch_size, shares=1),
                    "floor": measure_floor(model, config.batch_size, T, device, dtype, config.optimizer)}
     return figures
 
@@ -244,7 +245,8 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
     print(f"{figure['step_ms']:,.2f} ms a step ({min(times):,.2f} to {max(times):,.2f}, {len(times)} steps), "
           f"{figure['tokens_per_s']:,.0f} tokens/s, "
           + (f"{figure['mfu']:.1%} MFU" if figure["mfu"] else "MFU unknown")
-          + (f", peak {figure['peak_mib']:,.0f} MiB" if figure["peak_mib"] else ""))
+          + (f", peak {figure['peak_mib']:,.0f} MiB ({figure['predicted_mib']:,.0f} predicted)"
+             if figure["peak_mib"] else ""))
     floor, step_ms = figure["floor"], sum(figure["kinds"].values())
     print(f"\n{'kind of kernel':<18}{'ms':>9}{'share':>8}{'floor ms':>10}{'ratio':>8}")
     rows = {kind: (figure["kinds"][kind], floor["kinds"].get(kind, 0.0)) for kind in ALL_KINDS}
