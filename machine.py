@@ -101,6 +101,13 @@ def total_mib(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device or the host had no room; cuBLAS, cuDNN, CUDA's runtime and the CPU say so in words only."""
+    words = r"(?i)out of memory|not enough memory|(can't|cannot) allocate memory|alloc(ation)?_failed"
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        isinstance(error, RuntimeError) and re.search(words, str(error)))
+
+
 def synchronize(device: torch.device):
     """Waits until the device has done everything that was asked of it."""
     if device.type != "cpu":

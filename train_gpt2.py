@@ -437,13 +437,13 @@ def main(arguments: list[str] | None = None) -> int:
     others = processes.Others(RANK, WORLD_SIZE, device.type == "cuda", config.hang_timeout_s, run.note_end)
     try:
         reason, code = train(config, gpt_config, device, batch_size, accumulation, run, others)
-    except torch.OutOfMemoryError as error:
-        advice = memory_advice(config, gpt_config, batch_size, accumulation * WORLD_SIZE)
-        reason, code = f"out of memory: {advice} ({str(error).splitlines()[0]})", 1
     except Exception as error:
         error = others.explain(error)
         reason, code = str(error) or type(error).__name__, getattr(error, "exit_code", 1)
-        if code == 1:
+        if machine.is_out_of_memory(error):
+            advice = memory_advice(config, gpt_config, batch_size, accumulation * WORLD_SIZE)
+            reason = f"out of memory: {advice} ({reason.splitlines()[0]})"
+        elif code == 1:
             traceback.print_exception(error)
     good = code in (rundir.DONE, rundir.STOPPED)
     others.end(reason, code, failed=not good)

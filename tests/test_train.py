@@ -605,9 +605,10 @@ def test_auto_compiles_on_cuda():
     assert compiles("auto", torch.device("cuda")) and not compiles("auto", torch.device("cpu"))
 
 
-def test_out_of_memory_is_one_line(runs, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, torch.AcceleratorError])
+def test_out_of_memory_is_one_line(error, runs, monkeypatch, capsys):
     def fail(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        raise error("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(GPT, "run", fail)
     assert runs(batch_size=4, total_batch_tokens=8 * T, vocab_size=50304) == 1
