@@ -32,6 +32,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import machine
 import rundir
 import train_gpt2
 from configs.recipes import TrainConfig, result_settings, run_name
@@ -62,8 +63,8 @@ class SweepConfig:
     """of the folder under runs; None: from what is swept"""
     out_dir: str | None = None
     """the folder, where it is not to be under runs"""
-    slots: int | None = None
-    """runs at a time on each GPU, or without a GPU in all; None: 1. Step times mean little with more"""
+    slots: int = 1
+    """runs at a time on each GPU, or without a GPU in all, which share its memory. Step times mean little with more"""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """print the runs, and stop"""
 
@@ -113,9 +114,9 @@ def option(field: str, value: str) -> list[str]:
     return [f"--{'no_' * (value == 'False')}{field}"] if value in ("True", "False") else [f"--{field}", value]
 
 
-def plan_runs(swept: dict[str, list[str]], others: list[str], slots: int | None) -> tuple[list[Run], list[dict]]:
+def plan_runs(swept: dict[str, list[str]], others: list[str], slots: int) -> tuple[list[Run], list[dict]]:
     """
-    The runs, and for each of those that can run at a time what its environment says about the GPU. ValueError, or
+    The runs, and for each of those that can run at a time what its environment says about its place. ValueError, or
     tyro's SystemExit, if train_gpt2.py would refuse one of them.
     """
     runs = {}
@@ -124,17 +125,21 @@ def plan_runs(swept: dict[str, list[str]], others: list[str], slots: int | None)
         options, device = train_gpt2.parse_options(arguments)
         if options.list:
             raise BadOption("--list is an option of train_gpt2.py alone")
+        config = options.train
         with redirect_stdout(io.StringIO()):
-            _, batch_size, _ = train_gpt2.plan(options.train, options.gpt, device)
-        name = run_name(options.train, model_name(options.gpt))
+            _, batch_size, _ = train_gpt2.plan(config, options.gpt, device, runs_beside=slots - 1)
+        if slots > 1 and config.batch_size == "auto":  # the run itself would count on all of the memory
+            arguments += ["--batch_size", str(batch_size)]
+        name = run_name(config, model_name(options.gpt))
         if name in runs:
             raise BadOption(f"two runs are {name}: {shlex.join(runs[name].arguments)} and {shlex.join(arguments)}")
-        runs[name] = Run(name, arguments, options.train, options.gpt, batch_size)
+        runs[name] = Run(name, arguments, config, options.gpt, batch_size)
+    place = {machine.RUNS_BESIDE: str(slots - 1)} if slots > 1 else {}
     if device.type != "cuda":
-        return list(runs.values()), [{}] * (slots or 1)
+        return list(runs.values()), [place] * slots
     n_gpus = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpus)))).split(",")[:n_gpus]
-    return list(runs.values()), [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(slots or 1) for gpu in gpus]
+    return list(runs.values()), [place | {"CUDA_VISIBLE_DEVICES": gpu} for _ in range(slots) for gpu in gpus]
 
 
 def sweep_name(swept: dict[str, list[str]], runs: list[Run]) -> str:

@@ -87,10 +87,11 @@ def parse_options(arguments: list[str] | None) -> tuple[Options, torch.device]:
     return tyro.cli(Options, args=arguments, default=defaults, description=__doc__.strip(), **style), device
 
 
-def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tuple[TrainConfig, int, int]:
+def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
+         runs_beside: int = 0) -> tuple[TrainConfig, int, int]:
     """
     (The config with the kernels chosen, on CUDA; sequences per process and micro-step; micro-steps per update).
-    ValueError where they do not divide, or no kernel can serve.
+    ValueError where they do not divide, or no kernel can serve. runs_beside: how many others share the memory.
     """
     with torch.device("meta"):
         model = GPT(gpt_config, config.window_backend, config.kernels, config.recompute_gelu)
@@ -115,7 +116,7 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
                          f"{WORLD_SIZE} processes: use at least {T * WORLD_SIZE}")
     batch_size = config.batch_size
     if batch_size == "auto":
-        most, room_mib = sequences if device.type == "cuda" else 8, 0.95 * machine.total_mib(device)
+        most, room_mib = sequences if device.type == "cuda" else 8, 0.95 * machine.total_mib(device) / (1 + runs_beside)
         if dtype == torch.float32:  # the prediction is for 16 bits
             room_mib /= 2
         batch_size = largest_batch_size(config, gpt_config, sequences, WORLD_SIZE, most, room_mib)

@@ -128,6 +128,12 @@ def test_what_a_cpu_does_not_count():
     assert machine.versions(CPU)["torch"] == torch.__version__
 
 
+def test_runs_beside_are_noted_where_there_are_any(monkeypatch):
+    assert "runs_beside" not in machine.environment(CPU)
+    monkeypatch.setenv("SWEEP_RUNS_BESIDE", "3")
+    assert machine.environment(CPU)["runs_beside"] == 3
+
+
 ALLOCATION_FAILURES = [  # as torch words them
     torch.OutOfMemoryError("made up"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
