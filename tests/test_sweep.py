@@ -19,6 +19,7 @@ import small
 import torch
 from small import ROOT, assert_same_result, call, metrics, status, steps, tree
 
+import checkpoint
 import machine
 import sweep
 import train_gpt2
@@ -199,6 +200,57 @@ def test_bad_data_is_found_before_the_first_run(sweeps, capfd, monkeypatch):
     assert sweeps("--models", "tiny", out_dir=sweeps.directory / "file" / "folder") == 5
     assert "is not a directory" in capfd.readouterr().err
     assert tree(sweeps.directory) == before and sweeps.calls() == []
+
+
+def test_a_name_that_its_log_makes_too_long(sweeps, capfd, monkeypatch):
+    sweeps.stub(monkeypatch, "finish()")
+    before = tree(sweeps.directory)
+    assert sweeps("--models", "tiny", run_name="x" * 252) == 5
+    assert "a name of 256 bytes, 255 are possible" in capfd.readouterr().err
+    assert tree(sweeps.directory) == before
+    assert sweeps("--models", "tiny", run_name="x" * 251) == 0
+    assert sweeps("--models", "tiny", run_name="x" * 251) == 0  # with its log there
+
+
+def test_weights_to_start_from_are_checked_before_the_first_run(sweeps, capfd, monkeypatch):
+    monkeypatch.chdir(sweeps.directory)
+    for base, options in ("base", {}), ("other", {"n_layer": 1}), ("damaged", {}):
+        assert sweeps.runs(run_name=base, save_every=6, **options) == 0
+    (sweeps.runs.out_dir / "damaged" / "step-00000006" / "model.safetensors").write_bytes(b"")
+    sweeps.stub(monkeypatch, "finish()")
+    before = tree(sweeps.directory)
+    for base, code, expected in (("bsae", 2, "no run 'bsae' with a checkpoint. In runs: base, damaged, other"),
+                                 ("other", 2, "step-00000006 holds the weights of another model"),
+                                 ("runs/other", 2, "holds the weights of another model"),
+                                 ("damaged", 4, "no valid checkpoint in runs/damaged")):
+        capfd.readouterr()
+        assert sweeps("--models", "tiny", "--seeds", "2", init_from=base) == code
+        err = capfd.readouterr().err
+        assert err.startswith("error: ") and expected in err and err.count("\n") == 1
+    assert tree(sweeps.directory) == before and sweeps.calls() == []
+
+
+@pytest.mark.parametrize("given", ["base", "runs/base", "the path", "in the folder"])
+def test_runs_that_start_from_another(given, sweeps, capfd, monkeypatch, one_thread):
+    """With the result of one started so; a name is one under runs, or in the folder, where they find it themselves."""
+    monkeypatch.chdir(sweeps.directory)
+    assert sweeps.runs(run_name="base", save_every=6) == 0
+    options = {"save_every": 6, "learning_rate": 1e-3}
+    assert sweeps.runs(run_name="expected", init_from="base", **options) == 0
+    init_from = {"the path": sweeps.runs.out_dir / "base", "in the folder": "base"}.get(given, given)
+    if given == "in the folder":
+        sweeps.folder.mkdir()
+        (sweeps.runs.out_dir / "base").rename(sweeps.folder / "base")
+    for _ in range(2):
+        assert sweeps("--models", "tiny", init_from=init_from, **options) == 0
+    assert "1 runs, 1 done before" in capfd.readouterr().out
+    [(run, entry)] = sweeps.index().items()
+    assert run.endswith("-init_from=base") and entry["attempts"] == 1
+    assert_same_result(sweeps.folder / run, sweeps.runs.out_dir / "expected")
+    settings = json.loads((sweeps.folder / run / "config.json").read_text())["settings"]
+    assert settings["init_from"] == ("runs/base" if given == "base" else str(init_from))
+    assert settings["init_weights"] == checkpoint.weights_sha256(
+        checkpoint.find("base", str(sweeps.folder if given == "in the folder" else sweeps.runs.out_dir)))
 
 
 def test_torchrun_is_refused(sweeps, capfd, monkeypatch):
