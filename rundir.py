@@ -15,8 +15,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 
 from files import fsync, read_text, write_all, write_json, write_text
@@ -116,14 +118,14 @@ class RunDir:
 
     def begin(self, config: dict, step: int):
         """
-        config.json, and in source.diff the git commit and what differs from it, if the code is a git checkout. A run
-        that goes on after `step` updates leaves both as they are and adds source-<step>.diff.
+        config.json, and `source_diff` in source.diff. A run that goes on after `step` updates leaves both as they are
+        and adds source-<step>.diff.
         """
         with writing(self.path):
             if step == 0:
                 write_json(self.path / "config.json", config)  # without the kernels, which are not known yet
             source = self.path / (f"source-{step:08d}.diff" if step else "source.diff")
-            source.write_bytes(git("rev-parse", "HEAD") + git("diff", "HEAD"))
+            source.write_bytes(source_diff(self.path))
             fsync(source)
             (self.path / "status.json").unlink(missing_ok=True)  # of the end before this one
         self.begun = True
@@ -232,11 +234,40 @@ def progress(row: dict) -> str:
             f"{row['tokens_per_s']:,.0f} tokens/s, {mfu}{memory}")
 
 
-def git(*arguments: str) -> bytes:
-    """What git prints about the code; nothing if the code is not a git checkout."""
+def source_diff(place: Path) -> bytes:
+    """
+    The git commit of the code, then what `git apply` makes the code from it with: what differs, and the files that are
+    neither tracked nor ignored, up to 1 MiB each and 10 in all; others are named. Nothing if it is no git checkout.
+    place: where a copy of git's index can be for a moment, which takes them in all at once. Raises OSError.
+    """
+    found = os.fsdecode(git("rev-parse", "HEAD", "--git-path", "index", "--show-prefix"))
+    if not found:
+        return b""
+    commit, index, prefix, *_ = found.split("\n")
+    root, others = Path(__file__).parent, ("--others", "--exclude-standard", "--exclude=source*.diff")
+    names = os.fsdecode(git("ls-files", *others, "-z")).split("\0")[:-1]
+    sizes = {name: os.lstat(f"{root}/{name}").st_size for name in names  # with a slash at its end: another repository
+             if not name.endswith("/") and os.access(f"{root}/{name}", os.R_OK)}
+    smallest_first = sorted(sizes, key=sizes.get)  # code, then data
+    totals = accumulate(sizes[name] for name in smallest_first)
+    taken = [name for name, total in zip(smallest_first, totals, strict=True)
+             if sizes[name] <= 2**20 and total <= 10 * 2**20]
+    with tempfile.TemporaryDirectory(".tmp", ".index-", place) as beside:
+        copy = shutil.copy2(root / index, Path(beside).resolve())  # with its time, by which git judges the files'
+        with_copy = {"env": os.environ | {"GIT_INDEX_FILE": str(copy)}}
+        lines = "".join(f"100644 {commit}\t{prefix}{name}\0" for name in taken)  # any hash serves, git reads the files
+        git("update-index", "-z", "--index-info", input=os.fsencode(lines), **with_copy)
+        diff = git("diff-index", "--patch", "--binary", "HEAD", **with_copy)  # whatever the user's diff.* say
+    left = sorted({*names} - {*taken})
+    note = f"# {len(left)} untracked, not below: {left[:20]}\n" if left else ""
+    return f"{commit}\n{note}".encode() + diff
+
+
+def git(*arguments: str, **options) -> bytes:
+    """What git prints about the code; nothing if the code is not a git checkout. options: of subprocess.run."""
     root = Path(__file__).parent
     try:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True, **options).stdout
     except (OSError, subprocess.CalledProcessError):
         return b""
 
