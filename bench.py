@@ -201,8 +201,8 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
             try:
                 turn(i)
                 continue
-            except torch.OutOfMemoryError:
-                if not built.keys() - {i}:  # alone it does not fit either
+            except RuntimeError as error:
+                if not machine.is_out_of_memory(error) or not built.keys() - {i}:  # alone it does not fit either
                     raise
             fit = False
             release(built)
@@ -263,7 +263,7 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
 
 
 def run(arguments: list[str]) -> int:
-    """Returns the exit code. Raises ValueError, SlowPath, CannotWrite or OutOfMemoryError."""
+    """Returns the exit code. Raises ValueError, SlowPath, CannotWrite or RuntimeError."""
     configs, device = parse_options(arguments)
     if configs[0].verify:
         from kernels import verify
@@ -298,7 +298,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, SlowPath, CannotWrite) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", BAD_OPTION)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not machine.is_out_of_memory(error):
+            raise
         print(f"error: out of memory, try a smaller --batch_size ({str(error).splitlines()[0]})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         error = others.explain(error)
         reason, code = str(error) or type(error).__name__, getattr(error, "exit_code", 1)
-        if isinstance(error, torch.OutOfMemoryError | RuntimeError) and "memory" in reason:
+        if machine.is_out_of_memory(error):
             reason = f"out of memory: a smaller --batch_size? ({reason.splitlines()[0]})"
         elif code == 1 and isinstance(error, ValueError | OSError):
             code = BAD_OPTION

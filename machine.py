@@ -101,6 +101,13 @@ def total_mib(device: torch.device) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device or the host had no room; cuBLAS, cuDNN, CUDA's runtime and the CPU say so in words only."""
+    words = r"(?i)out of memory|not enough memory|(can't|cannot) allocate memory|alloc(ation)?_failed"
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        isinstance(error, RuntimeError) and re.search(words, str(error)))
+
+
 def synchronize(device: torch.device):
     """Waits until the device has done everything that was asked of it."""
     if device.type != "cpu":
@@ -157,20 +164,25 @@ def versions(device: torch.device) -> dict[str, str]:
             "python": platform.python_version()}
 
 
+RUNS_BESIDE = "SWEEP_RUNS_BESIDE"  # variable by which sweep.py tells a run how many others may share its GPU or cores
 DRIVER = r"NVRM version.*?\s(\d+\.[\d.]+)"  # in /proc/driver/nvidia/version
 
 
 def environment(device: torch.device) -> dict:
-    """What a run's figures may depend on beyond `versions`; None for what the system does not say."""
+    """
+    What a run's figures may depend on beyond `versions`; None for what the system does not say. runs_beside: of a run
+    that sweep.py started beside others.
+    """
     driver, processor, here = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo"), Path(__file__).parent
     pinned = re.findall(r"^([\w.-]+)==", read_text(here / "requirements.txt"), re.MULTILINE)
     installed = {found.name: found.version for found in importlib.metadata.distributions()
                  if found.name.replace("-", "_") in pinned}
+    beside = os.environ.get(RUNS_BESIDE)
     return {"gpus": torch.cuda.device_count() if device.type == "cuda" else 0,
             "driver": first(DRIVER, read_text(driver)) if device.type == "cuda" else None,
             "cpu": first(r"model name\s*: (.*)", read_text(processor)) or platform.processor() or None,
             "cpu_cores": os.cpu_count(), "system": platform.system(), "architecture": platform.machine(),
-            "packages": dict(sorted(installed.items()))}
+            "packages": dict(sorted(installed.items()))} | ({"runs_beside": int(beside)} if beside else {})
 
 
 def first(pattern: str, text: str) -> str | None:

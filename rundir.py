@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,8 @@ BAD_DATA = 7  # missing, empty or invalid
 LOST = 8  # another process of the run is gone, or hangs
 STOPPED = 75  # by a signal, resumable
 INTERRUPTED = 130  # second Ctrl-C
+
+MOST_UNTRACKED = 2**20  # bytes of a file in source.diff that git does not know
 
 
 class BadOption(ValueError):
@@ -116,14 +119,14 @@ class RunDir:
 
     def begin(self, config: dict, step: int):
         """
-        config.json, and in source.diff the git commit and what differs from it, if the code is a git checkout. A run
-        that goes on after `step` updates leaves both as they are and adds source-<step>.diff.
+        config.json, and `source_diff` in source.diff. A run that goes on after `step` updates leaves both as they are
+        and adds source-<step>.diff.
         """
         with writing(self.path):
             if step == 0:
                 write_json(self.path / "config.json", config)  # without the kernels, which are not known yet
             source = self.path / (f"source-{step:08d}.diff" if step else "source.diff")
-            source.write_bytes(git("rev-parse", "HEAD") + git("diff", "HEAD"))
+            source.write_bytes(source_diff())
             fsync(source)
             (self.path / "status.json").unlink(missing_ok=True)  # of the end before this one
         self.begun = True
@@ -232,11 +235,31 @@ def progress(row: dict) -> str:
             f"{row['tokens_per_s']:,.0f} tokens/s, {mfu}{memory}")
 
 
-def git(*arguments: str) -> bytes:
-    """What git prints about the code; nothing if the code is not a git checkout."""
+def source_diff() -> bytes:
+    """
+    The git commit of the code, then what `git apply` makes the code from it with: what differs, and the files up to
+    1 MiB that are neither tracked nor ignored; larger ones are named. Nothing if it is no git checkout. Raises OSError.
+    """
+    root, commit = Path(__file__).parent, git("rev-parse", "HEAD")
+    with tempfile.TemporaryDirectory() as beside:  # an index of its own, in which the untracked files are announced
+        index = {"env": os.environ | {"GIT_INDEX_FILE": f"{beside}/index"}}
+        git("read-tree", "HEAD", **index)
+        git("update-index", "-q", "--refresh", **index)
+        names = git("ls-files", "--others", "--exclude-standard", "--exclude=source*.diff", "-z", **index).split(b"\0")
+        small = [name for name in names[:-1] if (path := root / os.fsdecode(name)).is_file()
+                 and path.lstat().st_size <= MOST_UNTRACKED]
+        if left := [os.fsdecode(name) for name in names[:-1] if name not in small]:
+            commit += f"# {len(left)} untracked, not below: {left[:20]}\n".encode()
+        git("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul",
+            input=b"\0".join(small), **index)
+        return commit + git("diff-index", "--patch", "--binary", "HEAD", **index)
+
+
+def git(*arguments: str, **options) -> bytes:
+    """What git prints about the code; nothing if the code is not a git checkout. options: of subprocess.run."""
     root = Path(__file__).parent
     try:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True).stdout
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, check=True, **options).stdout
     except (OSError, subprocess.CalledProcessError):
         return b""
 

@@ -141,8 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, NoValidCheckpoint, SlowPath) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", BAD_OPTION)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "memory" not in str(error):
+    except RuntimeError as error:
+        if not machine.is_out_of_memory(error):
             raise
         print(f"error: out of memory: fewer --max_new_tokens? ({str(error).splitlines()[0]})", file=sys.stderr)
         return 1

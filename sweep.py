@@ -8,8 +8,9 @@ All combinations are run; any other option of train_gpt2.py goes to every run. T
 diverged runs are kept, killed ones go on from their checkpoints, failed ones are tried again. The folder holds the
 runs' directories, <run>.log with what each printed, and index.json.
 
-Exit codes: 0 all are done (diverged ones are results, and named), 1 some failed, 2 bad option, 3 folder in use,
-5 cannot write, 7 missing, empty or invalid data, 75 stopped by a signal, resumable, 130 second Ctrl-C.
+Exit codes: 0 all are done (diverged ones are results, and named), 1 some failed, 2 bad option, 3 folder in use, 4 no
+valid checkpoint to start from, 5 cannot write, 7 missing, empty or invalid data, 75 stopped by a signal, resumable,
+130 second Ctrl-C.
 """
 
 import hashlib
@@ -24,7 +25,8 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -32,6 +34,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
+import checkpoint
+import machine
 import rundir
 import train_gpt2
 from configs.recipes import TrainConfig, result_settings, run_name
@@ -39,7 +43,7 @@ from configs.variants import model_name
 from costs.memory import divisors
 from data.loader import open_data
 from files import write_json
-from model import GPTConfig
+from model import GPT, GPTConfig
 from processes import set_parent_death_signal
 from rundir import BadOption
 from train_gpt2 import print0
@@ -62,8 +66,8 @@ class SweepConfig:
     """of the folder under runs; None: from what is swept"""
     out_dir: str | None = None
     """the folder, where it is not to be under runs"""
-    slots: int | None = None
-    """runs at a time on each GPU, or without a GPU in all; None: 1. Step times mean little with more"""
+    slots: int = 1
+    """runs at a time on each GPU, or without a GPU in all, which share its memory. Step times mean little with more"""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """print the runs, and stop"""
 
@@ -113,9 +117,9 @@ def option(field: str, value: str) -> list[str]:
     return [f"--{'no_' * (value == 'False')}{field}"] if value in ("True", "False") else [f"--{field}", value]
 
 
-def plan_runs(swept: dict[str, list[str]], others: list[str], slots: int | None) -> tuple[list[Run], list[dict]]:
+def plan_runs(swept: dict[str, list[str]], others: list[str], slots: int) -> tuple[list[Run], list[dict]]:
     """
-    The runs, and for each of those that can run at a time what its environment says about the GPU. ValueError, or
+    The runs, and for each of those that can run at a time what its environment says about its place. ValueError, or
     tyro's SystemExit, if train_gpt2.py would refuse one of them.
     """
     runs = {}
@@ -124,17 +128,24 @@ def plan_runs(swept: dict[str, list[str]], others: list[str], slots: int | None)
         options, device = train_gpt2.parse_options(arguments)
         if options.list:
             raise BadOption("--list is an option of train_gpt2.py alone")
+        config = options.train
         with redirect_stdout(io.StringIO()):
-            _, batch_size, _ = train_gpt2.plan(options.train, options.gpt, device)
-        name = run_name(options.train, model_name(options.gpt))
+            _, batch_size, _ = train_gpt2.plan(config, options.gpt, device, runs_beside=slots - 1)
+        if slots > 1 and config.batch_size == "auto":  # the run itself would count on all of the memory
+            arguments += ["--batch_size", str(batch_size)]
+        if config.init_from and os.path.isdir(named := f"{config.out_dir}/{config.init_from}"):
+            arguments += ["--init_from", named]  # the runs have another out_dir, where they would not find the name
+            config = replace(config, init_from=named)
+        name = run_name(config, model_name(options.gpt))
         if name in runs:
             raise BadOption(f"two runs are {name}: {shlex.join(runs[name].arguments)} and {shlex.join(arguments)}")
-        runs[name] = Run(name, arguments, options.train, options.gpt, batch_size)
+        runs[name] = Run(name, arguments, config, options.gpt, batch_size)
+    place = {machine.RUNS_BESIDE: str(slots - 1)} if slots > 1 else {}
     if device.type != "cuda":
-        return list(runs.values()), [{}] * (slots or 1)
+        return list(runs.values()), [place] * slots
     n_gpus = torch.cuda.device_count()
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(n_gpus)))).split(",")[:n_gpus]
-    return list(runs.values()), [{"CUDA_VISIBLE_DEVICES": gpu} for _ in range(slots or 1) for gpu in gpus]
+    return list(runs.values()), [place | {"CUDA_VISIBLE_DEVICES": gpu} for _ in range(slots) for gpu in gpus]
 
 
 def sweep_name(swept: dict[str, list[str]], runs: list[Run]) -> str:
@@ -311,11 +322,16 @@ def report(entries: dict, folder: Path) -> int:
 
 def run_all(runs: list[Run], places: list[dict], folder: Path, stop: rundir.StopSignal) -> int:
     """Checks what the runs need, holds the folder, and returns the exit code."""
-    settings = {}  # nothing is made before the data is known to be good
+    settings, find = {}, cache(checkpoint.find)  # nothing is made before data and weights are known to be good
     for run in runs:
-        rundir.check_writable(folder / run.name)
+        path, base = folder / run.name, run.config.init_from
+        rundir.check_writable(path / f"{run.name}.log")  # which lies in the folder, but no name is longer
         dataset, *_ = open_data(run.config.data, run.config.sequence_length, run.gpt_config.vocab_size)
         settings[run.name] = result_settings(run.config, run.gpt_config) | {"data": dataset.fingerprint}
+        if base is not None and not checkpoint.list_checkpoints(path):
+            newest = find(base, str(folder) if os.path.isdir(folder / base) else run.config.out_dir)
+            with torch.device("meta"):
+                checkpoint.check_weights(newest, GPT(run.gpt_config))
     held = rundir.RunDir(folder)
     held.open()
     try:
@@ -345,7 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
             print0(f"{len(runs)} runs, {len(places)} at a time, in {folder}")
             return rundir.DONE
         return run_all(runs, places, folder, stop)
-    except (ValueError, rundir.CannotWrite, rundir.RunDirInUse) as error:
+    except (ValueError, rundir.CannotWrite, rundir.RunDirInUse, rundir.NoValidCheckpoint) as error:
         print0(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", rundir.BAD_OPTION)
 

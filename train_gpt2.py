@@ -87,10 +87,11 @@ def parse_options(arguments: list[str] | None) -> tuple[Options, torch.device]:
     return tyro.cli(Options, args=arguments, default=defaults, description=__doc__.strip(), **style), device
 
 
-def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tuple[TrainConfig, int, int]:
+def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
+         runs_beside: int = 0) -> tuple[TrainConfig, int, int]:
     """
     (The config with the kernels chosen, on CUDA; sequences per process and micro-step; micro-steps per update).
-    ValueError where they do not divide, or no kernel can serve.
+    ValueError where they do not divide, or no kernel can serve. runs_beside: how many others share the memory.
     """
     with torch.device("meta"):
         model = GPT(gpt_config, config.window_backend, config.kernels, config.recompute_gelu)
@@ -115,7 +116,7 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device) -> tu
                          f"{WORLD_SIZE} processes: use at least {T * WORLD_SIZE}")
     batch_size = config.batch_size
     if batch_size == "auto":
-        most, room_mib = sequences if device.type == "cuda" else 8, 0.95 * machine.total_mib(device)
+        most, room_mib = sequences if device.type == "cuda" else 8, 0.95 * machine.total_mib(device) / (1 + runs_beside)
         if dtype == torch.float32:  # the prediction is for 16 bits
             room_mib /= 2
         batch_size = largest_batch_size(config, gpt_config, sequences, WORLD_SIZE, most, room_mib)
@@ -437,13 +438,13 @@ def main(arguments: list[str] | None = None) -> int:
     others = processes.Others(RANK, WORLD_SIZE, device.type == "cuda", config.hang_timeout_s, run.note_end)
     try:
         reason, code = train(config, gpt_config, device, batch_size, accumulation, run, others)
-    except torch.OutOfMemoryError as error:
-        advice = memory_advice(config, gpt_config, batch_size, accumulation * WORLD_SIZE)
-        reason, code = f"out of memory: {advice} ({str(error).splitlines()[0]})", 1
     except Exception as error:
         error = others.explain(error)
         reason, code = str(error) or type(error).__name__, getattr(error, "exit_code", 1)
-        if code == 1:
+        if machine.is_out_of_memory(error):
+            advice = memory_advice(config, gpt_config, batch_size, accumulation * WORLD_SIZE)
+            reason = f"out of memory: {advice} ({reason.splitlines()[0]})"
+        elif code == 1:
             traceback.print_exception(error)
     good = code in (rundir.DONE, rundir.STOPPED)
     others.end(reason, code, failed=not good)

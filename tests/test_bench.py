@@ -265,14 +265,15 @@ def test_compare_runs_in_turn(tmp_path, monkeypatch, capsys):
     assert "tokens/s of the second over the first" in capsys.readouterr().out
 
 
-def test_settings_that_do_not_fit_together_are_built_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_settings_that_do_not_fit_together_are_built_again(error, tmp_path, monkeypatch):
     order, release, there, misses = record_builds(monkeypatch), bench.release, set(), []
     build = bench.build
 
     def one_at_a_time(config, device):
         if there:
             misses.append(config)
-            raise torch.OutOfMemoryError("made up")
+            raise error("CUDA error: out of memory")
         there.add(config.batch_size)
         return build(config, device)
 
@@ -283,14 +284,22 @@ def test_settings_that_do_not_fit_together_are_built_again(tmp_path, monkeypatch
     assert [len(times) for setting in results(tmp_path)["settings"] for times in setting["rounds_ms"]] == [2] * 8
 
 
-def test_out_of_memory(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_out_of_memory(error, tmp_path, monkeypatch, capsys):
     def build(config, device):
-        raise torch.OutOfMemoryError("made up\nand more")
+        raise error("CUDA error: out of memory\nand more")
 
     monkeypatch.setattr(bench, "build", build)
     assert call(bench.main, [*SMALL, f"--out_dir={tmp_path}"]) == 1
     error = capsys.readouterr().err
     assert "--batch_size" in error and error.count("\n") == 1
+
+
+def test_another_error_of_torch_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "build", lambda config, device: torch.ones(2) @ torch.ones(3))
+    for more in [], ["--compare=--batch_size 3"]:
+        with pytest.raises(RuntimeError, match="size"):
+            call(bench.main, [*SMALL, f"--out_dir={tmp_path}", *more])
 
 
 def test_how_a_step_is_computed_reaches_the_model_and_the_floor(tmp_path, monkeypatch):

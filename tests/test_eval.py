@@ -417,7 +417,7 @@ def test_variables_that_are_not_torchruns(ask, monkeypatch):
 
 @pytest.mark.parametrize(("error", "code", "words"), [
     (KeyboardInterrupt, 130, "interrupted"), (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "--batch_size"),
-    (RuntimeError("not enough memory: you tried to allocate"), 1, "--batch_size")])
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 1, "--batch_size")])
 def test_interrupted_and_out_of_memory(ask, monkeypatch, error, code, words):
     def fail(*arguments):
         raise error

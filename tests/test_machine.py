@@ -128,6 +128,33 @@ def test_what_a_cpu_does_not_count():
     assert machine.versions(CPU)["torch"] == torch.__version__
 
 
+def test_runs_beside_are_noted_where_there_are_any(monkeypatch):
+    assert "runs_beside" not in machine.environment(CPU)
+    monkeypatch.setenv("SWEEP_RUNS_BESIDE", "3")
+    assert machine.environment(CPU)["runs_beside"] == 3
+
+
+ALLOCATION_FAILURES = [  # as torch words them
+    torch.OutOfMemoryError("made up"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 4000000000 bytes."),
+]
+
+
+def test_out_of_memory_by_whatever_name():
+    assert all(map(machine.is_out_of_memory, ALLOCATION_FAILURES))
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(10**14)
+    assert machine.is_out_of_memory(raised.value)
+    others = [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory"),
+              RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), RuntimeError("Could not infer memory format"),
+              RuntimeError("out of resource: shared memory, Required: 294912, Hardware limit: 232448")]
+    assert not any(map(machine.is_out_of_memory, others))
+
+
 # -----------------------------------------------------------------------------
 # attention kernels: those that really ran
 

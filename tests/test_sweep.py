@@ -6,6 +6,7 @@ place of train_gpt2.py; the others run the real one on `tiny`.
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,11 @@ import small
 import torch
 from small import ROOT, assert_same_result, call, metrics, status, steps, tree
 
+import checkpoint
+import machine
 import sweep
 import train_gpt2
+from costs.memory import training_mib
 
 STUB = """
 import json, os, sys
@@ -198,6 +202,57 @@ def test_bad_data_is_found_before_the_first_run(sweeps, capfd, monkeypatch):
     assert tree(sweeps.directory) == before and sweeps.calls() == []
 
 
+def test_a_name_that_its_log_makes_too_long(sweeps, capfd, monkeypatch):
+    sweeps.stub(monkeypatch, "finish()")
+    before = tree(sweeps.directory)
+    assert sweeps("--models", "tiny", run_name="x" * 252) == 5
+    assert "a name of 256 bytes, 255 are possible" in capfd.readouterr().err
+    assert tree(sweeps.directory) == before
+    assert sweeps("--models", "tiny", run_name="x" * 251) == 0
+    assert sweeps("--models", "tiny", run_name="x" * 251) == 0  # with its log there
+
+
+def test_weights_to_start_from_are_checked_before_the_first_run(sweeps, capfd, monkeypatch):
+    monkeypatch.chdir(sweeps.directory)
+    for base, options in ("base", {}), ("other", {"n_layer": 1}), ("damaged", {}):
+        assert sweeps.runs(run_name=base, save_every=6, **options) == 0
+    (sweeps.runs.out_dir / "damaged" / "step-00000006" / "model.safetensors").write_bytes(b"")
+    sweeps.stub(monkeypatch, "finish()")
+    before = tree(sweeps.directory)
+    for base, code, expected in (("bsae", 2, "no run 'bsae' with a checkpoint. In runs: base, damaged, other"),
+                                 ("other", 2, "step-00000006 holds the weights of another model"),
+                                 ("runs/other", 2, "holds the weights of another model"),
+                                 ("damaged", 4, "no valid checkpoint in runs/damaged")):
+        capfd.readouterr()
+        assert sweeps("--models", "tiny", "--seeds", "2", init_from=base) == code
+        err = capfd.readouterr().err
+        assert err.startswith("error: ") and expected in err and err.count("\n") == 1
+    assert tree(sweeps.directory) == before and sweeps.calls() == []
+
+
+@pytest.mark.parametrize("given", ["base", "runs/base", "the path", "in the folder"])
+def test_runs_that_start_from_another(given, sweeps, capfd, monkeypatch, one_thread):
+    """With the result of one started so; a name is one under runs, or in the folder, where they find it themselves."""
+    monkeypatch.chdir(sweeps.directory)
+    assert sweeps.runs(run_name="base", save_every=6) == 0
+    options = {"save_every": 6, "learning_rate": 1e-3}
+    assert sweeps.runs(run_name="expected", init_from="base", **options) == 0
+    init_from = {"the path": sweeps.runs.out_dir / "base", "in the folder": "base"}.get(given, given)
+    if given == "in the folder":
+        sweeps.folder.mkdir()
+        (sweeps.runs.out_dir / "base").rename(sweeps.folder / "base")
+    for _ in range(2):
+        assert sweeps("--models", "tiny", init_from=init_from, **options) == 0
+    assert "1 runs, 1 done before" in capfd.readouterr().out
+    [(run, entry)] = sweeps.index().items()
+    assert run.endswith("-init_from=base") and entry["attempts"] == 1
+    assert_same_result(sweeps.folder / run, sweeps.runs.out_dir / "expected")
+    settings = json.loads((sweeps.folder / run / "config.json").read_text())["settings"]
+    assert settings["init_from"] == ("runs/base" if given == "base" else str(init_from))
+    assert settings["init_weights"] == checkpoint.weights_sha256(
+        checkpoint.find("base", str(sweeps.folder if given == "in the folder" else sweeps.runs.out_dir)))
+
+
 def test_torchrun_is_refused(sweeps, capfd, monkeypatch):
     monkeypatch.setattr(train_gpt2, "WORLD_SIZE", 2)
     assert sweeps("--models", "tiny") == 2
@@ -208,16 +263,30 @@ def test_gpus(sweeps, monkeypatch):
     """One run on each, of those that the user's own setting leaves; found without a GPU by means of stand-ins."""
     parse = train_gpt2.parse_options
     monkeypatch.setattr(train_gpt2, "parse_options", lambda words: (parse(words)[0], torch.device("cuda", 0)))
-    monkeypatch.setattr(train_gpt2, "plan", lambda config, gpt_config, device: (config, 4, 1))
+    monkeypatch.setattr(train_gpt2, "plan", lambda config, gpt_config, device, runs_beside: (config, 4, 1))
     for setting, n_gpus, expected in (None, 3, "012"), ("5,4,6", 3, "546"), ("4,9,5", 1, "4"):  # there is no 9
         monkeypatch.setattr(torch.cuda, "device_count", lambda n_gpus=n_gpus: n_gpus)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if setting:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
-        _, places = sweep.plan_runs({"seed": ["0", "1"]}, ["--device", "cpu"], None)
+        _, places = sweep.plan_runs({"seed": ["0", "1"]}, ["--device", "cpu"], 1)
         assert places == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in expected]
     _, places = sweep.plan_runs({}, ["--device", "cpu"], 2)
-    assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["4", "4"]
+    assert places == [{"CUDA_VISIBLE_DEVICES": "4", "SWEEP_RUNS_BESIDE": "1"}] * 2
+
+
+def test_runs_at_a_time_share_the_memory(sweeps, monkeypatch):
+    """Each has a micro-batch of which two fit, where one alone has a larger one; a size that is given stays."""
+    options = sweeps.arguments(model="tiny", out_dir=None, kernels="plain", sequence_length=2048,
+                               total_batch_tokens=8 * 2048)
+    [alone], _ = sweep.plan_runs({}, options, 1)
+    mib = 2.2 * training_mib(alone.config, alone.gpt_config, 8, 1)  # in float32 twice the prediction
+    monkeypatch.setattr(machine, "total_mib", lambda device: mib)
+    for slots, batch_size, added in (1, 8, []), (2, 4, ["--batch_size", "4"]), (4, 1, ["--batch_size", "1"]):
+        [run], _ = sweep.plan_runs({}, options, slots)
+        assert (run.name, run.batch_size, run.arguments) == (alone.name, batch_size, options + added)
+    [run], _ = sweep.plan_runs({}, [*options, "--batch_size", "8"], 2)
+    assert run.batch_size == 8 and run.arguments == [*options, "--batch_size", "8"]
 
 
 # -----------------------------------------------------------------------------
@@ -241,9 +310,11 @@ finish(seed + 0.25)
     out, err = capfd.readouterr()
     for line in ("seed=5: finished, val loss 5.2500, 0.0 min", "seed=1: failed (shard: CUDA error: damaged), 0.0 min",
                  "seed=2: diverged (step 4: loss nan), 0.0 min", "seed=3: failed (killed by SIGKILL)",
-                 "seed=4: failed (exit code 1, see ", "2 finished\n1 diverged: tiny", "3 failed: tiny",
+                 "seed=4: failed (exit code 1, see ", "2 finished\n1 diverged: tiny",
                  f"python compare.py {sweeps.folder}"):
         assert line in out
+    [failed] = re.findall("^3 failed: (.*)$", out, re.MULTILINE)  # of which there is no metrics.jsonl
+    assert failed.split(", ") == [run for run, entry in sweeps.index().items() if entry["state"] == "failed"]
     assert "6.0/6 runs" in err and "left" in err
     log = next(sweeps.folder.glob("*-seed=1.log")).read_text()
     assert log.startswith("$ ") and "--seed 1" in log and "damaged" in log
@@ -296,9 +367,14 @@ def test_out_of_memory_with_one_sequence_is_a_failure_and_the_size_is_kept(sweep
     assert len(sweeps.calls()) == 6
 
 
-def test_what_runs_have_in_common(sweeps, monkeypatch):
+@pytest.mark.parametrize("cache", [None, "/somewhere"])
+def test_what_runs_have_in_common(cache, sweeps, monkeypatch):
+    """Their threads, and torch's cache of what is compiled: its own place for it, or the user's."""
     sweeps.stub(monkeypatch, "finish()")
     monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    if cache:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
     torch_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(6)
@@ -306,11 +382,25 @@ def test_what_runs_have_in_common(sweeps, monkeypatch):
     finally:
         torch.set_num_threads(torch_threads)
     environments = [call["environment"] for call in sweeps.calls()]
-    assert [environment["OMP_NUM_THREADS"] for environment in environments] == ["2"] * 3
+    added = {"OMP_NUM_THREADS": "2", "TQDM_MININTERVAL": "10", "SWEEP_RUNS_BESIDE": "2"}
+    assert environments == [os.environ | added] * 3  # so that no run has a cache of its own
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert sweeps("--models", "tiny", "--sweep", "seed=3") == 0
-    assert sweeps.calls()[-1]["environment"]["OMP_NUM_THREADS"] == "5"
+    assert sweeps.calls()[-1]["environment"] == os.environ | {"TQDM_MININTERVAL": "10"}
     assert len(sweeps.index()) == 4  # a second line in the same folder adds to the index
+
+
+def test_the_bar_says_how_long_it_takes_yet(sweeps, capfd, monkeypatch):
+    sweeps.stub(monkeypatch, """
+import time
+run.mkdir()
+(run / "metrics.jsonl").write_text(3 * chr(10))
+time.sleep(1.5)
+finish()
+""")
+    assert sweeps("--models", "tiny", max_steps=6) == 0
+    found = re.findall(r" 0\.5/1 runs, \d\d:(\d\d), \d\d:(\d\d) left", capfd.readouterr().err)
+    assert ("01", "01") in found  # half of it has taken as long
 
 
 def test_one_run_on_each_gpu(sweeps, monkeypatch):
@@ -324,7 +414,7 @@ own.unlink()
 if len({path.name.split()[1] for path in found}) < len(found): fail(1, f"together: {found}")
 finish()
 """)
-    runs, _ = sweep.plan_runs({"seed": list("01234567")}, sweeps.arguments(model="tiny", out_dir=None), None)
+    runs, _ = sweep.plan_runs({"seed": list("01234567")}, sweeps.arguments(model="tiny", out_dir=None), 1)
     stop = type("Stop", (), {"received": None})
     sweeps.folder.mkdir()
     entries = sweep.sweep(runs, {run.name: {} for run in runs},
@@ -392,6 +482,7 @@ def test_end_to_end(sweeps, capfd, one_thread):
     assert len(index) == 4 and {entry["state"] for entry in index.values()} == {"finished"}
     out = capfd.readouterr().out
     for run, entry in index.items():
+        assert json.loads((sweeps.folder / run / "config.json").read_text())["environment"]["runs_beside"] == 1
         assert entry["val_loss"] == metrics(sweeps.folder / run)[-1]["val_loss"]
         assert f"{run}: finished, val loss {entry['val_loss']:.4f}, 0." in out
     assert sweeps.runs(**options, seed=1) == 0
@@ -412,7 +503,7 @@ forward = train_gpt2.GPT.forward
 
 def no_room(self, idx, targets=None):
     if len(idx) > 2:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     return forward(self, idx, targets)
 
 train_gpt2.GPT.forward = no_room
@@ -444,19 +535,20 @@ def until(condition):
 LONG = {"max_steps": 400, "save_every": 20, "val_every": 100, "learning_rate": 1e-3}
 
 
-@pytest.mark.parametrize("how", ["kill -9", "Ctrl-C"])
-def test_starting_again(how, sweeps, capfd, one_thread):
-    """A finished run is not repeated, the one under way goes on, to the result of one that was not stopped."""
-    for seed in 0, 1:
+@pytest.mark.parametrize(("how", "slots"), [("kill -9", 1), ("kill -9", 2), ("Ctrl-C", 1)])
+def test_starting_again(how, slots, sweeps, capfd, one_thread):
+    """A finished run is not repeated, those under way go on, to the result of ones that were not stopped."""
+    for seed in range(1 + slots):
         assert sweeps.runs(**LONG, seed=seed, run_name=None, recipe="default") == 0
     expected = sorted(path for path in sweeps.runs.out_dir.iterdir())
-    first, second = (sweeps.folder / path.name for path in expected)
+    first, *others = (sweeps.folder / path.name for path in expected)
     sweeps.folder.mkdir()
     expected[0].rename(first)
     before = tree(first)
 
-    process = sweeps.start("--models", "tiny", "--seeds", "2", **LONG)
-    until(lambda: steps(second))
+    line = ["--models", "tiny", "--seeds", str(1 + slots), "--slots", str(slots)]
+    process = sweeps.start(*line, **LONG)
+    until(lambda: all(map(steps, others)))
     if how == "kill -9":
         process.kill()
         process.wait()
@@ -465,17 +557,19 @@ def test_starting_again(how, sweeps, capfd, one_thread):
         assert process.wait() == 75, process.stdout.read()
         assert "the same line continues" in process.stdout.read()
         assert sweeps.by_seed("state") == ["finished", "stopped"]
-    with open(second / ".lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the run's process
-    assert 0 < steps(second)[-1] < LONG["max_steps"]
-    if how == "kill -9":
-        assert not (second / "status.json").exists()  # it was killed as well
-    else:
-        assert status(second)["reason"] == "SIGTERM"  # of the sweep, and not of the terminal
+    for run in others:
+        with open(run / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the run's process
+        assert 0 < steps(run)[-1] < LONG["max_steps"]
+        if how == "kill -9":
+            assert not (run / "status.json").exists()  # it was killed as well
+        else:
+            assert status(run)["reason"] == "SIGTERM"  # of the sweep, and not of the terminal
 
-    assert sweeps("--models", "tiny", "--seeds", "2", **LONG) == 0
-    assert "2 runs, 1 done before" in capfd.readouterr().out
+    assert sweeps(*line, **LONG) == 0
+    assert f"{1 + slots} runs, 1 done before" in capfd.readouterr().out
     assert tree(first) == before
-    assert_same_result(second, expected[1])
-    assert sweeps.by_seed("state") == ["finished", "finished"] and sweeps.by_seed("attempts") == [0, 2]
-    assert "resuming from" in (sweeps.folder / f"{second.name}.log").read_text()
+    assert set(sweeps.by_seed("state")) == {"finished"} and sweeps.by_seed("attempts") == [0] + slots * [2]
+    for run, path in zip(others, expected[1:], strict=True):
+        assert_same_result(run, path)
+        assert "resuming from" in (sweeps.folder / f"{run.name}.log").read_text()

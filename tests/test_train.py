@@ -231,6 +231,64 @@ def test_source_diff_is_the_commit_and_what_changed(tmp_path, monkeypatch, chang
     assert b"-before\n" in source and b"\n+" + change[:3] in source
 
 
+@pytest.mark.parametrize("inside", [".", "inner"])
+def test_source_diff_restores_the_code(inside, tmp_path, monkeypatch):
+    """git apply on a clean checkout of the commit gives the same files, tracked or not, whatever the user has set."""
+    repository, clean = tmp_path / "repository", tmp_path / "clean"
+    code = repository / inside
+    code.mkdir(parents=True)
+
+    def git(*arguments, cwd=repository):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+        return subprocess.run(["git", *identity, *arguments], cwd=cwd, check=True, capture_output=True).stdout
+
+    def files(directory: Path) -> dict:
+        paths = [path for path in directory.rglob("*") if ".git" not in path.relative_to(directory).parts]
+        return {str(path.relative_to(directory)): os.readlink(path) if path.is_symlink() else
+                (path.read_bytes(), path.stat().st_mode & 0o111) for path in paths if not path.is_dir()}
+
+    (repository / "top.py").write_text("before\n")
+    for name, content in {"model.py": b"before\n", "gone.py": b"x\n", "table.npy": bytes(range(256))}.items():
+        (code / name).write_bytes(content)
+    (code / ".gitignore").write_text("ignored\n")
+    os.utime(code / "table.npy", (1e9, 1e9))
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "one")
+    git("clone", "-q", str(repository), str(clean))
+
+    (code / "staged.py").write_text("staged\n")
+    git("add", str(code / "staged.py"))
+    for setting in "diff.noprefix=true", "diff.external=false", "color.ui=always", "core.trustctime=false":
+        git("config", *setting.split("="))
+    (repository / "top.py").write_text("after\n")
+    (code / "model.py").write_text("import my_attention\n")
+    (code / "table.npy").write_bytes(bytes(range(255, -1, -1)))
+    for path in code / "table.npy", repository / ".git" / "index":  # of the same size, changed as git looked at it
+        os.utime(path, (1e9, 1e9))
+    (code / "gone.py").unlink()
+    (code / "deep" / "er").mkdir(parents=True)
+    for name in "my_attention.py", "deep/er/x.py", "caf\xe9", "two\nlines", "*", ":(top)x", "my file", b"\xe9":
+        Path(os.fsdecode(os.fsencode(code) + b"/" + os.fsencode(name))).write_bytes(os.fsencode(name))
+    (code / "empty.py").touch()
+    (code / "run.sh").touch(0o755)
+    (code / "weights.npy").write_bytes(os.urandom(10_000))
+    (code / "link").symlink_to("model.py")
+    expected, index = files(repository), (repository / ".git" / "index").read_bytes()
+    for name, n_bytes in ("ignored", 10), ("large.bin", 2**20 + 1), ("source-00000002.diff", 10):
+        (code / name).write_bytes(os.urandom(n_bytes))
+    git("init", "-q", "nested", cwd=code)
+
+    monkeypatch.setattr(rundir, "__file__", str(code / "rundir.py"))
+    source = rundir.source_diff()
+    assert source.startswith(git("rev-parse", "HEAD") + b"# 2 untracked, not below: ['large.bin', 'nested/']\n")
+    assert (repository / ".git" / "index").read_bytes() == index
+    assert {path.name for path in tmp_path.iterdir()} == {"repository", "clean"}
+    (tmp_path / "source.diff").write_bytes(source)
+    git("apply", str(tmp_path / "source.diff"), cwd=clean)
+    assert files(clean) == expected
+
+
 def test_log_writes_json_whatever_the_numbers_are(tmp_path):
     run = rundir.RunDir(tmp_path / "run")
     run.open()
@@ -605,9 +663,10 @@ def test_auto_compiles_on_cuda():
     assert compiles("auto", torch.device("cuda")) and not compiles("auto", torch.device("cpu"))
 
 
-def test_out_of_memory_is_one_line(runs, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, torch.AcceleratorError])
+def test_out_of_memory_is_one_line(error, runs, monkeypatch, capsys):
     def fail(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        raise error("CUDA out of memory.\nTried to allocate")
 
     monkeypatch.setattr(GPT, "run", fail)
     assert runs(batch_size=4, total_batch_tokens=8 * T, vocab_size=50304) == 1
