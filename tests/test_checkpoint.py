@@ -403,7 +403,7 @@ def test_order_of_writing(runs, monkeypatch):
         return rename(self, target)
 
     def record_rmtree(path, *arguments, **options):
-        if Path(path).exists():
+        if Path(path).exists() and "step" in Path(path).name:  # not the copy of git's index
             events.append(("remove", Path(path).name))
         return rmtree(path, *arguments, **options)
 
