@@ -25,18 +25,22 @@ def make_optimizers(model: torch.nn.Module, config: TrainConfig, compiled: bool 
     weights = dict(model.named_parameters())
     hidden = {name: weights.pop(name) for name in list(weights)
               if config.optimizer == "muon" and ".h." in name and weights[name].ndim == 2}
-    groups = [
+    optimizers = [torch.optim.AdamW(filled([
         {"params": [weight for weight in weights.values() if weight.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [weight for weight in weights.values() if weight.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-    if not hidden:
-        return [adamw]
-    qkv = [weight for name, weight in hidden.items() if name.endswith("c_attn.weight")]
-    others = [weight for name, weight in hidden.items() if not name.endswith("c_attn.weight")]
-    groups = [{"params": qkv, "parts": 3}, {"params": others, "parts": 1}]
-    return [adamw, Muon(groups, config.muon_learning_rate, config.weight_decay, compiled)]
+    ]), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)]
+    if hidden:
+        qkv = [name for name in hidden if name.endswith("c_attn.weight")]
+        optimizers.append(Muon(filled([
+            {"params": [hidden[name] for name in qkv], "parts": 3},
+            {"params": [hidden[name] for name in hidden if name not in qkv], "parts": 1},
+        ]), config.muon_learning_rate, config.weight_decay, compiled))
+    return optimizers
+
+
+def filled(groups: list[dict]) -> list[dict]:
+    """Those that have weights."""
+    return [group for group in groups if group["params"]]
 
 
 class Muon(torch.optim.Muon):

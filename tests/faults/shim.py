@@ -19,10 +19,11 @@ FUNCTIONS = ("chmod", "fsync", "ftruncate", "mkdir", "remove", "rename", "replac
 class Shim:
     """
     Put into a process that is thrown away. `fault` is called before each operation with its number, its name and, for a
-    write, a function that writes a part of it.
+    write, a function that writes a part of it. What happens in `temporary` is not counted: no run depends on it.
     """
 
-    def __init__(self, log: Path, fault):
+    def __init__(self, log: Path, fault, temporary: Path):
+        self.temporary = f"{temporary}/"
         self.log, self.fault, self.n = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), fault, 0
         self.write, self.open = os.write, io.open
         for name in FUNCTIONS:
@@ -34,6 +35,8 @@ class Shim:
         Counts one operation, notes it in the log, at fsync with the bytes of the file and at rename with the new name,
         and lets the fault happen.
         """
+        if str(path).startswith(self.temporary):
+            return
         self.n += 1
         n_bytes = os.path.getsize(path) if name == "fsync" else 0
         self.write(self.log, f"{self.n} {name} {n_bytes} {path}\t{to}\n".encode())

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +46,10 @@ def main(options: list[str], out: Path, fault: str, arguments: tuple, control: b
     if control:
         naive.install()
     chosen = getattr(shim, fault)
-    shim.Shim(out.with_suffix(".operations"), chosen(*arguments) if arguments else chosen)
+    temporary = out.with_suffix(".temporary")
+    temporary.mkdir(exist_ok=True)
+    tempfile.tempdir = str(temporary)
+    shim.Shim(out.with_suffix(".operations"), chosen(*arguments) if arguments else chosen, temporary)
     try:
         code = train_gpt2.main(options)
     except SystemExit as end:
