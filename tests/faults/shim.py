@@ -53,7 +53,7 @@ class Shim:
         return call
 
     def open_watched(self, file, mode="r", *arguments, **options):
-        if not set(mode) & set("wax+"):
+        if not set(mode) & set("wax+") or (isinstance(file, int) and file_name(file).startswith("pipe:")):
             return self.open(file, mode, *arguments, **options)
         self.before("open", file)
         return Watched(self, self.open(file, mode, *arguments, **options))
