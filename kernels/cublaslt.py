@@ -22,6 +22,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 14}
 COMPUTE_FLOAT32 = 68
 TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, AUX, AUX_ROW, MOST_WORKSPACE = 3, 4, 7, 11, 12, 1
 EPILOGUES = {"gelu": 32 + 128, "gelu_backward": 64 + 128}  # 128: with a matrix beside, GELU's input
+ALLOC_FAILED = 3  # of cublasStatus_t
 WORKSPACE_BYTES = 32 * 2**20  # what cuBLAS recommends for Hopper
 TRIALS, CALLS = 5, 3  # an algorithm's time is the median of the trials, each of so many calls
 
@@ -160,4 +161,5 @@ def library():
 def call(function, *arguments):
     status = getattr(library(), f"cublasLt{function}")(*arguments)
     if status:
-        raise RuntimeError(f"cuBLASLt's {function} failed with status {status}")
+        why = ", out of memory" if status == ALLOC_FAILED else ""
+        raise RuntimeError(f"cuBLASLt's {function} failed with status {status}{why}")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import machine
 from kernels import cublaslt
 from kernels.cublaslt import matmul
 
@@ -185,3 +186,11 @@ def test_other_tensors_are_refused(library, change):
     with pytest.raises(ValueError, match=r"NT product of \(5, 7\) and \(7, 16\)"):
         matmul("NT", left, right, aligned(torch.zeros(5, 16)))
     assert library.used == []
+
+
+@pytest.mark.parametrize(("status", "full"), [(3, True), (15, False)])
+def test_without_memory_it_is_said(monkeypatch, status, full):
+    monkeypatch.setattr(cublaslt, "library", lambda: SimpleNamespace(cublasLtCreate=lambda handle: status))
+    with pytest.raises(RuntimeError, match=f"Create failed with status {status}") as raised:
+        cublaslt.call("Create", None)
+    assert machine.is_out_of_memory(raised.value) == full
