@@ -34,8 +34,6 @@ LOST = 8  # another process of the run is gone, or hangs
 STOPPED = 75  # by a signal, resumable
 INTERRUPTED = 130  # second Ctrl-C
 
-MOST_UNTRACKED = 2**20  # bytes of a file in source.diff that git does not know
-
 
 class BadOption(ValueError):
     exit_code = BAD_OPTION
@@ -247,7 +245,7 @@ def source_diff() -> bytes:
         git("update-index", "-q", "--refresh", **index)
         names = git("ls-files", "--others", "--exclude-standard", "--exclude=source*.diff", "-z", **index).split(b"\0")
         small = [name for name in names[:-1] if (path := root / os.fsdecode(name)).is_file()
-                 and path.lstat().st_size <= MOST_UNTRACKED]
+                 and path.lstat().st_size <= 2**20]
         if left := [os.fsdecode(name) for name in names[:-1] if name not in small]:
             commit += f"# {len(left)} untracked, not below: {left[:20]}\n".encode()
         git("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul",

@@ -140,7 +140,7 @@ def place(tmp_path_factory):
     small.make_data(runs.data, tokenizer="gpt2")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(runs.directory)
-        patch.setattr(rundir, "git", lambda *arguments: b"")
+        patch.setattr(rundir, "git", lambda *arguments, **options: b"")
         assert runs(**SMALL, run_name="uninterrupted") == 0
         assert runs(**SMALL, stop_after=6) == 0
         assert runs(**SMALL | {"save_every": 0}, run_name="finished") == 0
