@@ -311,8 +311,15 @@ class GPT(nn.Module):
         return 6 * n_weights + sum(12 * self.config.n_embd * min(window, T) for window in windows)
 
     def compile(self, **options):
-        """torch.compile of all that depends on idx; tables and block masks are made once, outside the graph."""
-        self.run = compile_static(self.run, **options)
+        """
+        torch.compile of the embedding, of a block (once for all that are alike) and of what follows them: a graph for each
+        starts sooner than one for all, and lets DistributedDataParallel sum a block's gradients during the next one's
+        backward pass. Tables and block masks are made once, outside the graphs.
+        """
+        self.embed, self.output = compile_static(self.embed, **options), compile_static(self.output, **options)
+        forward = functools.cache(lambda window: compile_static(Block.forward, **options))
+        for layer, block in enumerate(self.transformer.h):
+            block.forward = functools.partial(forward(self.config.layer_window(layer)), block)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Of the residual stream and the products; autocast alone would keep the stream in float32."""
@@ -354,9 +361,15 @@ class GPT(nn.Module):
 
     def run(self, idx, targets, cos, sin, caches=None):
         """`forward` with its tables, (T, D / 2) each; caches: a LayerCache (kernels/kv_cache.py) a layer, or None."""
-        x = self.transformer.wte(idx).to(self.compute_dtype(idx.device))  # (B, T, C)
+        x = self.embed(idx)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cos, sin, caches and caches[layer])
+        return self.output(x, targets)
+
+    def embed(self, idx):
+        return self.transformer.wte(idx).to(self.compute_dtype(idx.device))  # (B, T, C)
+
+    def output(self, x, targets):
         x, cap = norm(x), self.config.logit_softcap
         if targets is None:
             return softcap(self.lm_head(x), cap), None  # (B, T, V)

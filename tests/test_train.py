@@ -998,7 +998,7 @@ def test_a_compiler_that_is_switched_off_stops_the_run(runs, capfd):
     with torch._dynamo.config.patch(disable=True):
         assert runs(compile="on") == 2
     error = capfd.readouterr().err
-    assert "error: GPT.run would run uncompiled" in error and "TORCH_COMPILE_DISABLE" in error
+    assert "error: GPT.embed would run uncompiled" in error and "TORCH_COMPILE_DISABLE" in error
     assert "Traceback" not in error
     assert status(runs.path)["code"] == 2
 
