@@ -19,8 +19,6 @@ named. The tests are in comparison/significance.py, what a loss spike is in comp
 Exit codes: 0 done, 2 bad option, unknown run, or runs that cannot be compared, 5 cannot write, 130 Ctrl-C.
 """
 
-import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ from comparison.numbers import AXES, compare_at, over_rates, reaching
 from comparison.plots import plot_all
 from comparison.report import card, print_report
 from comparison.results import Run, find_runs, read_run
-from files import write_text
+from files import for_json, write_json
 from rundir import BAD_OPTION, DONE, INTERRUPTED, BadOption, CannotWrite, writing
 
 
@@ -67,15 +65,6 @@ class CompareConfig:
 
 # -----------------------------------------------------------------------------
 # command
-
-
-def for_json(value):
-    """JSON has no nan and no infinity: null."""
-    if isinstance(value, dict):
-        return {str(key): for_json(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [for_json(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def choose_baseline(groups: list[Group], name: str | None) -> list[Group]:
@@ -120,7 +109,7 @@ def run(config: CompareConfig):
     print_report(report, groups)
     if config.json:
         with writing(config.json):
-            write_text(config.json, json.dumps(for_json(report), indent=1) + "\n")
+            write_json(config.json, for_json(report))
     if config.plots:
         plot_all(groups, config.plots)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable
@@ -9,6 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 MOST_AT_ONCE = 2**30  # bytes in a write; Linux takes 2^31 - 4096
+
+
+def for_json(value):
+    """The same with null for what JSON has no word for, nan and infinity, inside of objects and lists too."""
+    if isinstance(value, dict):
+        return {str(key): for_json(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [for_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -20,7 +20,7 @@ import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from files import fsync, read_text, write_all, write_json, write_text
+from files import for_json, fsync, read_text, write_all, write_json, write_text
 
 # exit codes
 DONE = 0
@@ -159,8 +159,7 @@ class RunDir:
         One line of metrics.jsonl, and wandb's copy of it; what is not finite becomes null. A line that cannot be
         written waits for the next one, or for `sync`.
         """
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in row.items()}
+        finite = for_json(row)
         self.unwritten += json.dumps(finite).encode() + b"\n"
         with suppress(OSError):
             self.write_lines()
@@ -239,14 +238,17 @@ def source_diff() -> bytes:
     1 MiB that are neither tracked nor ignored; larger ones are named. Nothing if it is no git checkout. Raises OSError.
     """
     root, commit = Path(__file__).parent, git("rev-parse", "HEAD")
+    if not commit:
+        return b""
     with tempfile.TemporaryDirectory() as beside:  # an index of its own, in which the untracked files are announced
         index = {"env": os.environ | {"GIT_INDEX_FILE": f"{beside}/index"}}
         git("read-tree", "HEAD", **index)
         git("update-index", "-q", "--refresh", **index)
-        names = git("ls-files", "--others", "--exclude-standard", "--exclude=source*.diff", "-z", **index).split(b"\0")
-        small = [name for name in names[:-1] if (path := root / os.fsdecode(name)).is_file()
+        names = git("ls-files", "--others", "--exclude-standard", "--exclude=source*.diff", "-z", **index)
+        names = names.split(b"\0")[:-1]
+        small = [name for name in names if (path := root / os.fsdecode(name)).is_file()
                  and path.lstat().st_size <= 2**20]
-        if left := [os.fsdecode(name) for name in names[:-1] if name not in small]:
+        if left := [os.fsdecode(name) for name in names if name not in small]:
             commit += f"# {len(left)} untracked, not below: {left[:20]}\n".encode()
         git("--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul",
             input=b"\0".join(small), **index)
