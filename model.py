@@ -312,9 +312,9 @@ class GPT(nn.Module):
 
     def compile(self, **options):
         """
-        torch.compile of the embedding, of a block (once for all that are alike) and of what follows them: a graph for each
-        starts sooner than one for all, and lets DistributedDataParallel sum a block's gradients during the next one's
-        backward pass. Tables and block masks are made once, outside the graphs.
+        torch.compile of the embedding, of a block (once for all that are alike) and of what follows them: graphs of
+        their own start sooner than one for all, and let DistributedDataParallel sum the gradients of one block while
+        those of the next are computed. Tables and block masks are made once, outside the graphs.
         """
         self.embed, self.output = compile_static(self.embed, **options), compile_static(self.output, **options)
         forward = functools.cache(lambda window: compile_static(Block.forward, **options))

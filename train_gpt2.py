@@ -45,7 +45,7 @@ from data.loader import micro_batch, open_data, train_order
 from data.tokenizer import token_bytes
 from eval import evaluate
 from kernels.attention import KERNEL_NAMES
-from kernels.compiling import SlowPath, compiles
+from kernels.compiling import SlowPath, compiles, import_beside
 from model import GPT, GPTConfig
 from optim import make_optimizers, set_learning_rate, update
 
@@ -183,8 +183,10 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
 def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batch_size: int, accumulation: int,
           run: rundir.RunDir, others: processes.Others) -> tuple[str, int]:
     """The whole run. Returns why it ended and the exit code; the reason is "" if there was nothing to do."""
-    T = config.sequence_length
+    T, compiled = config.sequence_length, compiles(config.compile, device)
     stop = rundir.StopSignal(distributed=WORLD_SIZE > 1)
+    if compiled:
+        import_beside()
 
     # --- data, then the run directory: nothing is written before the data is known to be good ---
     rundir.check_writable(run.path)
@@ -227,7 +229,6 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
 
     # --- model and optimizer, new or as saved ---
     model = GPT(gpt_config, config.window_backend, config.kernels, config.recompute_gelu, config.seed).to(device)
-    compiled = compiles(config.compile, device)
     optimizers = make_optimizers(model, config, compiled)
     if start > 0:
         saved = run.path / checkpoint.directory_name(start)
@@ -290,7 +291,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         raise SlowPath(f"attention ran in {found}, not in {meant}")
     machine.reset_peak(device)
     described |= {"val_targets": n_val * T, "kernels": {"attention": found, "window_backend": chosen[0], "parts": parts,
-                  "compiled": compiles(config.compile, device), "dtype": str(dtype).removeprefix("torch.")}}
+                  "compiled": compiled, "dtype": str(dtype).removeprefix("torch.")}}
     if RANK == 0:
         run.describe(described, start)
 
