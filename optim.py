@@ -23,9 +23,12 @@ NEWTON_SCHULZ_STEPS = 5
 def make_optimizers(model: torch.nn.Module, config: TrainConfig, compiled: bool = False) -> list[torch.optim.Optimizer]:
     """Each weight is in one of them; weight decay on matrices only. compiled: torch.compile for what is not fused."""
     weights = dict(model.named_parameters())
+    has_own_rate = config.embedding_learning_rate is not None
+    embedding = [weights.pop("transformer.wte.weight")] if has_own_rate else []
     hidden = {name: weights.pop(name) for name in list(weights)
               if config.optimizer == "muon" and ".h." in name and weights[name].ndim == 2}
     optimizers = [torch.optim.AdamW(filled([
+        {"params": embedding, "lr": config.embedding_learning_rate, "weight_decay": 0.0},
         {"params": [weight for weight in weights.values() if weight.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [weight for weight in weights.values() if weight.ndim < 2], "weight_decay": 0.0},
     ]), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)]
@@ -35,6 +38,8 @@ def make_optimizers(model: torch.nn.Module, config: TrainConfig, compiled: bool 
             {"params": [hidden[name] for name in qkv], "parts": 3},
             {"params": [hidden[name] for name in hidden if name not in qkv], "parts": 1},
         ]), config.muon_learning_rate, config.weight_decay, compiled))
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["initial_lr"] = group["lr"]  # the peak
     return optimizers
 
 
@@ -131,11 +136,11 @@ def update(model: torch.nn.Module, optimizers: list, loss: torch.Tensor, grad_cl
 
 
 def set_learning_rate(optimizers: list, config: TrainConfig, step: int) -> float:
-    """Of the update that follows `step` updates, in each optimizer its own peak's part. Returns AdamW's."""
+    """Of the update that follows `step` updates, in each group its own peak's part. Returns that of learning_rate."""
     part = schedule(config, step)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = optimizer.defaults["lr"] * part
+            group["lr"] = group["initial_lr"] * part
     return config.learning_rate * part
 
 

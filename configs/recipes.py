@@ -41,6 +41,8 @@ class TrainConfig:
     """AdamW (arXiv 1711.05101), or Muon for the matrices of the blocks and AdamW for the rest (optim.py)"""
     learning_rate: float = 6e-4
     """of AdamW: peak, reached after the warm-up"""
+    embedding_learning_rate: float | None = None
+    """AdamW's for the embedding, which then has no weight decay; None: learning_rate"""
     muon_learning_rate: float = 0.02
     """of Muon: peak, with the same schedule"""
     final_lr_fraction: float = 0.0
@@ -110,11 +112,11 @@ class TrainConfig:
         limits = {
             "learning_rate": (0, 10), "final_lr_fraction": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),
             "weight_decay": (0, 10), "grad_clip": (0, 1e9), "hang_timeout_s": (1, 1e6), "muon_learning_rate": (0, 10),
-            "decay_fraction": (0, 1),
+            "decay_fraction": (0, 1), "embedding_learning_rate": (0, 10),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if not low <= value <= high:  # nan fails too
+            if value is not None and not low <= value <= high:  # nan fails too
                 raise ValueError(f"{name}={value} must lie between {low} and {high}")
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} is more than max_steps={self.max_steps}")
@@ -132,8 +134,8 @@ class TrainConfig:
 # options on which the trained weights depend, in the order of a run's name; the others move rounding at most
 RESULT_FIELDS = (
     "recipe", "data", "sequence_length", "total_batch_tokens", "max_steps", "optimizer", "learning_rate",
-    "muon_learning_rate", "final_lr_fraction", "schedule", "decay_fraction", "warmup_steps", "beta1", "beta2",
-    "weight_decay", "grad_clip", "init_from", "dtype", "seed",
+    "embedding_learning_rate", "muon_learning_rate", "final_lr_fraction", "schedule", "decay_fraction", "warmup_steps",
+    "beta1", "beta2", "weight_decay", "grad_clip", "init_from", "dtype", "seed",
 )
 
 RECIPES = {

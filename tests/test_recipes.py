@@ -36,6 +36,7 @@ OTHER = {  # a value that is not the default, where a rule below does not find o
     "batch_size": 1, "sequence_length": 512, "total_batch_tokens": 4096, "stop_after": 3, "init_from": "other",
     "device": "cpu", "window_backend": "blocked", "kernels": "plain", "n_head": 6, "n_embd": 384,
     "window_size": 100, "window_pattern": "SL", "logit_softcap": 30.0, "allow_change": ("seed", "data"),
+    "embedding_learning_rate": 0.5,
 }
 NEEDS = {"pre_norm": ["--post_norm"], "window_pattern": ["--window_size", "64"]}
 
@@ -206,7 +207,7 @@ LEAST = {  # of whole numbers; the most is 2^53
 RANGES = {  # of the others
     "learning_rate": (0, 10), "final_lr_fraction": (0, 1), "beta1": (0, 0.999999), "beta2": (0, 0.999999),
     "weight_decay": (0, 10), "grad_clip": (0, 1e9), "hang_timeout_s": (1, 1e6), "muon_learning_rate": (0, 10),
-    "decay_fraction": (0, 1),
+    "decay_fraction": (0, 1), "embedding_learning_rate": (0, 10),
 }
 for option, least in LEAST.items():
     REFUSED[f"{option} below"] = ([f"--{option}={least - 1}"], [f"{option}={least - 1} ", f" {least}"])

@@ -18,6 +18,7 @@ OLD = {"n_layer": 2, "n_embd": 32, "n_head": 2, "window_size": 8, "post_norm": T
 CHANGES = {  # setting: (value of the run, value of the next start)
     "sequence_length": (32, 16), "total_batch_tokens": (128, 256), "max_steps": (6, 7), "optimizer": ("muon", "adamw"),
     "learning_rate": (0.01, 0.02), "muon_learning_rate": (0.02, 0.01), "final_lr_fraction": (0.0, 0.1),
+    "embedding_learning_rate": (None, 0.1),
     "schedule": ("cosine", "linear"), "decay_fraction": (1.0, 0.5), "warmup_steps": (2, 3), "beta1": (0.9, 0.8),
     "beta2": (0.95, 0.99), "weight_decay": (0.1, 0.2), "grad_clip": (1.0, 0.0), "init_from": (None, "other"),
     "dtype": ("torch.float32", "torch.bfloat16"), "seed": (0, 1),
