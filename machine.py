@@ -42,6 +42,7 @@ def select_device(name: str = "auto") -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise ValueError(f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}")
     torch.cuda.set_device(local_rank)
+    torch.set_num_threads(1)  # the host computes little, and the threads of several processes wait for each other
     return torch.device("cuda", local_rank)
 
 

@@ -177,6 +177,16 @@ def cross_entropy(x, weight, targets, cap: float | None = None):
 PLAIN = SimpleNamespace(linear=F.linear, mlp=mlp, rotate=rotate, cross_entropy=cross_entropy)
 
 
+class Linear(nn.Linear):
+    """Without bias. Its weight comes from GPT.init_weights: torch's own would be drawn for nothing."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self):
+        pass
+
+
 class CausalSelfAttention(nn.Module):
     """Projection, norm, rotary embedding, attention, output. A variant overrides `attend`."""
 
@@ -184,8 +194,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.parts = PLAIN  # execution only, see GPT.forward
         self.n_head, self.head_dim, self.qk_norm = config.n_head, config.head_dim, config.qk_norm
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # rows: q, k, v
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # rows: q, k, v
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def attend(self, q, k, v):
         """softmax(q k^T / sqrt(D)) v over the keys that each query sees; q, k, v and the result are (B, H, T, D)."""
@@ -225,8 +235,8 @@ class MLP(nn.Module):
         super().__init__()
         self.parts = PLAIN  # execution only, see GPT.forward
         self.activation = config.mlp_activation
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x):
         if self.activation == "gelu":
@@ -277,10 +287,10 @@ class GPT(nn.Module):
             config, window_backend, kernels, recompute_gelu)
         self.parts = PLAIN  # execution only, see `forward`
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wte": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
         })
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
         if not config.untie:
             self.lm_head.weight = self.transformer.wte.weight
         self.init_weights(seed)
@@ -291,7 +301,8 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():
             residual = name.endswith("c_proj.weight")
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-            nn.init.normal_(weight, std=std, generator=generator)
+            if not weight.is_meta:  # for which torch would import its compiler
+                nn.init.normal_(weight, std=std, generator=generator)
 
     def windowed_attentions(self) -> list[SlidingWindowAttention]:
         return [block.attn for block in self.transformer.h if isinstance(block.attn, SlidingWindowAttention)]

@@ -218,6 +218,8 @@ def build(point: Point, device: torch.device, dtype: torch.dtype):
         inputs, run, choice = tuple(gpt.parameters()), lambda: gpt(idx, idx)[1], None
     else:
         block, tables = Block(config, layer=0).to(device), rotary_tables(T, config.head_dim, device)
+        for weight in block.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
         if point.W:
             backend = choose_window_backend(point.backend, config.head_dim, device, dtype)
             block.attn.prepare(backend, B, T, device, dtype)

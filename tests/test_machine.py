@@ -183,3 +183,10 @@ def test_attention_kernels_of_the_window_on_a_cpu():
     gpt = GPT(VARIANTS["tiny_post_norm_qk_norm_window32"])
     idx = torch.zeros(1, 80, dtype=torch.int64)
     assert machine.attention_kernels(lambda: gpt(idx, idx)[1].backward(), CPU) == "fused SDPA for CPU"
+
+
+@pytest.mark.gpu
+def test_gpu_leaves_the_host_to_others():
+    """With more threads, four runs on one machine took twice their time to read their batches."""
+    machine.select_device("cuda")
+    assert torch.get_num_threads() == 1
