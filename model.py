@@ -285,7 +285,7 @@ class GPT(nn.Module):
                 raise ValueError(f"window_backend={window_backend!r} has no use: window_size is None")
         self.config, self.window_backend, self.kernels, self.recompute_gelu = (
             config, window_backend, kernels, recompute_gelu)
-        self.parts = PLAIN  # execution only, see `forward`
+        self.parts, self.norm = PLAIN, norm  # execution only, see `forward` and `compile`
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -327,7 +327,8 @@ class GPT(nn.Module):
         their own start sooner than one for all, and let DistributedDataParallel sum the gradients of one block while
         those of the next are computed. Tables and block masks are made once, outside the graphs.
         """
-        self.embed, self.output = compile_static(self.embed, **options), compile_static(self.output, **options)
+        self.embed, self.norm, self.output = (
+            compile_static(part, **options) for part in (self.embed, self.norm, self.output))
         forward = functools.cache(lambda window: compile_static(Block.forward, **options))
         for layer, block in enumerate(self.transformer.h):
             block.forward = functools.partial(forward(self.config.layer_window(layer)), block)
@@ -375,13 +376,14 @@ class GPT(nn.Module):
         x = self.embed(idx)
         for layer, block in enumerate(self.transformer.h):
             x = block(x, cos, sin, caches and caches[layer])
+        x = self.norm(x)  # apart from `output`, so that the loss needs no room for the last block's result
         return self.output(x, targets)
 
     def embed(self, idx):
         return self.transformer.wte(idx).to(self.compute_dtype(idx.device))  # (B, T, C)
 
     def output(self, x, targets):
-        x, cap = norm(x), self.config.logit_softcap
+        cap = self.config.logit_softcap
         if targets is None:
             return softcap(self.lm_head(x), cap), None  # (B, T, V)
         return None, self.parts.cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), cap)

@@ -45,7 +45,7 @@ from data.loader import micro_batch, open_data, train_order
 from data.tokenizer import token_bytes
 from eval import evaluate
 from kernels.attention import KERNEL_NAMES
-from kernels.compiling import SlowPath, compiles, import_beside
+from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
 from optim import make_optimizers, set_learning_rate, update
 
@@ -185,8 +185,6 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     """The whole run. Returns why it ended and the exit code; the reason is "" if there was nothing to do."""
     T, compiled = config.sequence_length, compiles(config.compile, device)
     stop = rundir.StopSignal(distributed=WORLD_SIZE > 1)
-    if compiled:
-        import_beside()
 
     # --- data, then the run directory: nothing is written before the data is known to be good ---
     rundir.check_writable(run.path)

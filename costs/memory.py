@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from configs.recipes import TrainConfig
 from kernels.cublaslt import WORKSPACE_BYTES
-from kernels.fused import CHUNK_TOKENS
+from kernels.fused import chunk_tokens
 from model import GPTConfig
 
 MIB = 2**20
@@ -178,7 +178,7 @@ def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
         saved = alive + head + x + 2 * B * T * V  # x: what the head is applied to
         return Need(saved=saved, forward_peak=saved, backward_peak=saved + 2 * V * C)  # bf16 gradient of the head
     gradients = x + 4 * V * C  # of x in bf16, of the head in float32
-    logits = 2 * min(B * T, CHUNK_TOKENS) * V
+    logits = 2 * min(B * T, chunk_tokens(recompute)) * V
     first_layer = FIRST_GRADIENT * C * C + 4 * x * recompute - x  # GELU anew; the last norm's output has gone
     return Need(saved=alive + gradients, forward_peak=alive + head + gradients + logits,
                 backward_peak=alive + gradients + max(0, first_layer))

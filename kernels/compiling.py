@@ -1,9 +1,7 @@
 """torch.compile that is never silently slow."""
 
 import functools
-import importlib
 import re
-import threading
 
 import torch
 
@@ -17,11 +15,6 @@ class SlowPath(RuntimeError):
 def compiles(option: str, device: torch.device) -> bool:
     """on, off, or auto: on CUDA."""
     return option == "on" or (option == "auto" and device.type == "cuda")
-
-
-def import_beside():
-    """Begins to import what torch.compile needs, 2 s and more, while the caller goes on with something else."""
-    threading.Thread(target=importlib.import_module, args=("torch._inductor.compile_fx",), daemon=True).start()
 
 
 def compile_static(function, **options):
