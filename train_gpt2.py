@@ -400,8 +400,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
                 raise not_finite(step + 1, f"{name or 'a weight'} is not finite after step {step}")
         if save_due and RANK == 0:
             run.saver.save(step, model, optimizers, described, last=ending)
-        if save_due and not ending:  # a signal meanwhile needs no other step
-            stopping = interrupted() and saved()
+        if save_due and not ending:  # all wait for the save, and a signal meanwhile needs no other step
+            stopping = not others.anywhere(run.saver.n_failed > 0) and interrupted() and saved()
         if stopping:
             break
         if save_due or val_due:  # not training time
