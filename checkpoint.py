@@ -116,10 +116,19 @@ class Saver:
             raise CannotWrite(reason) from error
         self.say(f"warning: {reason}, trying again at the next save", file=sys.stderr)
 
+    def in_progress(self) -> bool:
+        """Whether a save is being written, beside the training."""
+        return self.in_hand is not None and not self.in_hand.done()
+
     def close(self):
-        """Returns when the save in hand is done or has failed."""
+        """Returns when the save in hand is done or has failed, which is a warning: the run has its end already."""
         if self.thread:
             self.thread.shutdown()
+        self.last = True  # no other will follow
+        try:
+            self.wait()
+        except CannotWrite as error:
+            self.say(f"warning: {error}", file=sys.stderr)
 
 
 def keep_for_replay(run_directory: Path, step: int, model: torch.nn.Module, optimizers: list, state: dict, say=print):

@@ -87,17 +87,21 @@ def replay(config: ReplayConfig) -> list[str]:
     if kept is None:
         raise BadOption(f"{config.run} has no step to do again: only a run that ended with exit code 6 has one")
     state = checkpoint.read_state(kept)
-    run_config, gpt_config = TrainConfig(**state["train_config"]), GPTConfig(**state["model_config"])
+    try:
+        run_config, gpt_config = TrainConfig(**state["train_config"]), GPTConfig(**state["model_config"])
+        fingerprint, batch_size = state["settings"]["data"], int(state["batch_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise NoValidCheckpoint(f"{kept / 'state.json'} was written by another version ({error})") from error
     dataset, windows, _ = open_data(run_config.data, run_config.sequence_length, gpt_config.vocab_size,
                                     run_config.verify_data)
-    if dataset.fingerprint != state["settings"]["data"]:
+    if dataset.fingerprint != fingerprint:
         raise BadOption(f"{dataset.directory} does not hold the data that {run} had")
     n_windows = run_config.total_batch_tokens // run_config.sequence_length
     order = train_order(len(windows), run_config.seed, state["step"], n_windows)
     print(f"step {state['step'] + 1} of {run}, {n_windows} windows of {dataset.directory}")
     sound = []
     for name, (model_class, changes) in WAYS.items():
-        n = 1 if changes else state["batch_size"]
+        n = 1 if changes else batch_size
         way = build(model_class, replace(run_config, **changes), gpt_config, kept, device, n / n_windows)
         model, forward_backward, outputs = way
         starts = tqdm(range(0, n_windows, n), name, leave=False, disable=None)

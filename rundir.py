@@ -134,6 +134,12 @@ class RunDir:
         with writing(self.path):
             write_json(self.path / (f"config-{step:08d}.json" if step else "config.json"), config)
 
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether the run was ended, in another way than in good order, before this update was evaluated."""
+        lines = read_text(self.path / "metrics.jsonl").splitlines()[:step]
+        evaluated = len(lines) < step or "val_loss" in parse_object(lines[-1])
+        return not evaluated and read_json(self.path / "status.json").get("code") != DONE
+
     def open_metrics(self, step: int) -> float:
         """
         Cuts metrics.jsonl back to the first `step` updates; lines that are missing or damaged become {"step": n}, so
@@ -149,7 +155,7 @@ class RunDir:
             write_text(path, "".join(line + "\n" for line in lines))
             self.last_row, self.last_bytes = (json.loads(lines[-1]), len(lines[-1].encode()) + 1) if lines else ({}, 0)
             self.metrics, self.step = open(path, "r+b", buffering=0), step
-            self.unwritten, self.written = b"", path.stat().st_size
+            self.n_synced, self.unsynced, self.n_written = path.stat().st_size, bytearray(), 0  # bytes; of `unsynced`
         if missing:
             print(f"{path}: steps {n_good + 1} to {step} are missing or damaged", file=sys.stderr)
         return max((row.get("time_s", 0.0) for row in rows[:n_good]), default=0.0)
@@ -160,29 +166,33 @@ class RunDir:
         written waits for the next one, or for `sync`.
         """
         finite = for_json(row)
-        self.unwritten += json.dumps(finite).encode() + b"\n"
+        self.unsynced += json.dumps(finite).encode() + b"\n"
         with suppress(OSError):
-            self.write_lines()
+            self.write_lines() if len(self.unsynced) < 2**20 else self.sync()  # so that it stays as small
         self.step = row["step"]
         if self.mirror:
             self.mirror.log(finite)
 
     def amend(self, found: dict):
         """Adds to the last line that `open_metrics` left."""
-        self.written -= self.last_bytes
+        self.n_synced -= self.last_bytes
         self.log(self.last_row | found)
 
     def write_lines(self):
         """At the place where they belong, so that what a full disk cut off is written over. Raises OSError."""
-        self.metrics.seek(self.written)
-        write_all(self.metrics, self.unwritten)
-        self.written += len(self.unwritten)
-        self.unwritten = b""
+        self.metrics.seek(self.n_synced + self.n_written)
+        write_all(self.metrics, self.unsynced[self.n_written:])
+        self.n_written = len(self.unsynced)
 
     def sync(self):
-        """Waits until metrics.jsonl is on the disk: a checkpoint must not be ahead of it. Raises OSError."""
+        """
+        Waits until metrics.jsonl is on the disk: a checkpoint must not be ahead of it. Raises OSError; then all lines
+        since the last time are written again, since the system may have lost them, and says so only once.
+        """
         self.write_lines()
+        self.n_written = 0
         os.fsync(self.metrics.fileno())
+        self.n_synced, self.unsynced = self.n_synced + len(self.unsynced), bytearray()
 
     def close(self, reason: str, code: int):
         """The end, but for what `note_end` does."""

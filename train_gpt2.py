@@ -197,19 +197,24 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         settings["init_weights"] = checkpoint.weights_sha256(weights_from)
         with torch.device("meta"):
             checkpoint.check_weights(weights_from, GPT(gpt_config))
-    start = torch.full((1,), -1)
+
+    def evaluation_due(step: int) -> bool:
+        return config.val_every and (step % config.val_every == 0 or step == config.max_steps)
+
+    found = torch.tensor([-1, 0])
     try:  # the first process looks where to start, and all get its answer
         if RANK == 0:
             run.open()
-            start[0] = find_start(config, settings, run)
+            start = found[0] = find_start(config, settings, run)
+            found[1] = start > 0 and evaluation_due(start) and run.lacks_evaluation(start)
     finally:
         if WORLD_SIZE > 1:
-            dist.broadcast(start, 0, group=others.hosts)
-    start = int(start)
+            dist.broadcast(found, 0, group=others.hosts)
+    start, lacks_evaluation = found.tolist()
     if start < 0:
         raise rundir.BadOption("the first process cannot start")
     last_step = min(config.max_steps, config.stop_after or config.max_steps)
-    if start >= last_step:
+    if start >= last_step and not lacks_evaluation:
         print0(f"{run.path}: {'finished' if start == config.max_steps else 'stopped'} at step {start}")
         if RANK == 0 and not (run.path / "status.json").exists():  # killed after the last save
             checkpoint.tidy(run.path, start)
@@ -297,13 +302,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     def interrupted() -> bool:
         return others.anywhere(stop.received is not None)
 
-    def evaluation_due(step: int) -> bool:
-        return config.val_every and (step % config.val_every == 0 or step == config.max_steps)
-
     def evaluation(step: int) -> dict:
-        """As `evaluate`. The last one of a run is not interrupted, since no step would follow to make up for it."""
-        found = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes, others,
-                         interrupted if step < last_step else lambda: False)
+        found = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes, others, interrupted)
         if found:
             print0(f"step {step}: val loss {found['val_loss']:.4f}, "
                    f"bits per byte {found['bits_per_byte'] or math.nan:.4f}")
@@ -325,6 +325,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     run.saver = checkpoint.Saver(run, config.keep_last, machine.runs_behind(device), print0)
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=RANK != 0)
     clock, times, launched = time.perf_counter(), [], []  # times: s, of each step
+    step, stopping, cut_short = start, False, False
 
     def not_finite(step: int, what: str) -> rundir.NotFinite:
         """The error, with where it begins. No update since has changed the weights, which are kept for replay.py."""
@@ -351,6 +352,12 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             "peak_mib": machine.peak_mib(device),
         }
 
+    def saved() -> bool:
+        """Whether the last save is on the disk; waits for it."""
+        if RANK == 0:
+            run.saver.wait()
+        return not others.anywhere(run.saver.n_failed > 0)
+
     for step in range(start + 1, last_step + 1):
         # --- forward, backward and update, without waiting for the device ---
         loss = torch.zeros((), device=device)
@@ -371,14 +378,19 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             if val_due and row["step"] == step:
                 row |= evaluation(step)
                 if "val_loss" not in row:
-                    stopping = ending = True
+                    stopping = ending = cut_short = True
                     save_due = config.save_every
             if RANK == 0:
                 run.log(row)
                 bar.set_postfix_str(rundir.progress(row), refresh=False)
                 bar.update()
 
-        # --- save ---
+        # --- save; where a signal finds a save in hand it is the last one, and the steps since then are done again ---
+        if stopping and others.anywhere(run.saver.in_progress()) and saved():
+            if RANK == 0:
+                run.open_metrics(run.saver.step)
+            cut_short = True
+            break
         if save_due:
             weights, moments = checkpoint.named_tensors(model, optimizers)
             name = finite.first_not_finite(weights | moments)
@@ -387,7 +399,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         if save_due and RANK == 0:
             run.saver.save(step, model, optimizers, described, last=ending)
         if save_due and not ending:  # all wait for the save, and a signal meanwhile needs no other step
-            stopping = not others.anywhere(bool(run.saver.in_hand or run.saver.n_failed)) and interrupted()
+            stopping = not others.anywhere(run.saver.n_failed > 0) and interrupted() and saved()
         if stopping:
             break
         if save_due or val_due:  # not training time
@@ -397,9 +409,10 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     if RANK == 0:
         with rundir.writing(run.path):
             run.sync()
-    step_s = statistics.median(times)
-    print0(f"median of {len(times)} steps: {1000 * step_s:.1f} ms, {config.total_batch_tokens / step_s:,.0f} tokens/s")
-    if step == config.max_steps:
+    if times:
+        step_s, speed = statistics.median(times), config.total_batch_tokens / statistics.median(times)
+        print0(f"median of {len(times)} steps: {1000 * step_s:.1f} ms, {speed:,.0f} tokens/s")
+    if step == config.max_steps and not cut_short:
         return "finished", rundir.DONE
     if stopping:
         return stop.received or "SIGTERM", rundir.STOPPED  # None: another process got it

@@ -23,6 +23,7 @@ from configs.recipes import TrainConfig
 from files import sha256
 from model import GPT, GPTConfig
 from optim import schedule
+from tests.faults import publish
 from tests.faults.table import row
 
 runs = small.runs
@@ -826,3 +827,85 @@ def test_allow_change_of_the_model_is_no_use(runs, capsys):
 def test_allow_change_of_what_there_is_not(runs, capsys):
     assert runs(allow_change="learningrate") == 2
     assert "allow_change: learningrate is none of data, " in capsys.readouterr().err and not runs.out_dir.exists()
+
+
+def test_lines_that_a_failed_sync_may_have_lost_are_written_again(tmp_path, monkeypatch):
+    """A kernel says once that it could not write, forgets what it had, and a later fsync succeeds."""
+    run = rundir.RunDir(tmp_path / "run")
+    run.open()
+    run.open_metrics(0)
+    run.log({"step": 1})
+    run.sync()
+    path, (descriptor, fsync) = run.path / "metrics.jsonl", (run.metrics.fileno(), os.fsync)
+    n_bytes = path.stat().st_size
+
+    def lose(number):
+        if number != descriptor:
+            return fsync(number)
+        os.pwrite(number, bytes(path.stat().st_size - n_bytes), n_bytes)
+        raise OSError(errno.EIO, "Input/output error")
+
+    for step in 2, 3:
+        run.log({"step": step})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lose)
+        with pytest.raises(OSError):
+            run.sync()
+    run.log({"step": 4})
+    run.sync()
+    assert [row["step"] for row in metrics(run.path)] == [1, 2, 3, 4]
+
+
+def test_lines_are_not_kept_for_ever(tmp_path):
+    """Where nothing is saved, nothing else waits for them to be on the disk."""
+    run = rundir.RunDir(tmp_path / "run")
+    run.open()
+    run.open_metrics(0)
+    for step in range(1, 1001):
+        run.log({"step": step, "loss": "x" * 3000})
+        assert len(run.unsynced) < 2**20 + 4000
+    run.sync()
+    assert [row["step"] for row in metrics(run.path)] == list(range(1, 1001))
+
+
+def test_a_save_beside_that_fails_is_said_where_the_run_ends_by_another_error(runs, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt2.machine, "runs_behind", lambda device: True)
+    failed = threading.Event()
+
+    def save(*arguments):
+        assert failed.wait(timeout=60)
+        full()
+
+    def update(model, optimizers, loss, grad_clip):
+        update.n += 1
+        if update.n == 4:
+            failed.set()
+            raise RuntimeError("a bug")
+        return original_update(model, optimizers, loss, grad_clip)
+
+    update.n, original_update = 0, train_gpt2.update
+    monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(train_gpt2, "update", update)
+    assert runs(max_steps=9, save_every=3) == 1
+    assert status(runs.path)["reason"] == "a bug" and steps(runs.path) == []
+    err = capsys.readouterr().err
+    assert re.search(rf"^warning: cannot write to {re.escape(str(runs.path))}: No space left on device .*; "
+                     r"step 3 is not saved, [\d,]+ bytes$", err, re.MULTILINE)
+
+
+def test_the_copy_that_a_save_is_compared_with_is_synced_file_by_file(tmp_path, monkeypatch):
+    """As a save has two large files, so has it."""
+    synced, fsync = [], os.fsync
+    small_config = GPTConfig(n_layer=1, n_head=1, n_embd=16, vocab_size=64)
+    monkeypatch.setattr(publish, "GPTConfig", lambda: small_config)
+    monkeypatch.chdir(tmp_path)
+
+    def note(descriptor):
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    n_bytes = publish.time_of_a_save()["bytes"]
+    first_save = next(i for i, (path, _) in enumerate(synced) if ".saving-" in str(path))
+    assert len(synced[:first_save]) == 2 and sum(size for _, size in synced[:first_save]) == n_bytes
+    assert len({path for path, _ in synced[:first_save]}) == 2

@@ -187,3 +187,22 @@ def test_replay_bad_input(runs, gelu, capsys, change):
     assert call(replay.main, ["--run", str(runs.path), "--device", "cpu"]) == expected
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state["train_config"].update(cooldown=1), lambda state: state["model_config"].update(cooldown=1),
+    lambda state: state["model_config"].update(n_head=0), lambda state: state.pop("settings"),
+    lambda state: state.pop("batch_size"), lambda state: state.pop("train_config"),
+    lambda state: state.update(batch_size=None), lambda state: state.update(settings=[])],
+    ids=["train", "model", "a value", "no settings", "no batch_size", "no train_config", "None", "a list"])
+def test_replay_of_another_version(runs, gelu, capsys, change):
+    """Its manifest fits, so that it is what was written."""
+    not_finite(runs, gelu)
+    kept = runs.path / "not-finite" / "step-00000002"
+    weights, state = checkpoint.load_model(kept).named_parameters(), checkpoint.read_state(kept)
+    change(state)
+    checkpoint.save(kept.parent, state.pop("step") + 1, dict(weights), {}, state, 1)
+    capsys.readouterr()
+    assert call(replay.main, ["--run", str(runs.path), "--device", "cpu"]) == 4
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "state.json was written by another version" in err and err.count("\n") == 1

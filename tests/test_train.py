@@ -1083,3 +1083,150 @@ def test_gpu_memory_is_as_predicted(runs, fresh_compiler):
     with torch.device("meta"):
         predicted_mib = training_need(train_gpt2.VARIANTS[model], None, 8, 1024, 1) / MIB
     assert metrics(runs.path)[-1]["peak_mib"] - others_mib == pytest.approx(predicted_mib, rel=0.05)
+
+
+# -----------------------------------------------------------------------------
+# signals in the last evaluation, and while a save is in hand
+
+EVALUATED = {"max_steps": 6, "val_every": 3, "save_every": 4, "val_tokens": 8 * T, "batch_size": 2}
+
+
+def interrupt_evaluation(monkeypatch, number):
+    """SIGTERM when the evaluation of this number begins, counted from 1."""
+    original, calls = train_gpt2.evaluate, []
+
+    def evaluate(*arguments):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(train_gpt2, "evaluate", evaluate)
+    return calls
+
+
+@pytest.mark.parametrize("stop_after", [None, 3])
+@pytest.mark.parametrize("end", ["as it was", "again", "killed"])
+def test_the_last_evaluation_is_cut_short_and_made_up_for(runs, monkeypatch, stop_after, end):
+    options = EVALUATED | {"stop_after": stop_after}
+    last_step = stop_after or 6
+    assert runs(run_name="whole", **options) == 0
+    with monkeypatch.context() as patch:
+        interrupt_evaluation(patch, last_step // 3)
+        assert runs(**options) == 75
+    assert status(runs.path) == {"reason": "SIGTERM", "step": last_step, "code": 75}
+    assert steps(runs.path)[-1] == last_step and "val_loss" not in metrics(runs.path)[-1]
+    if end == "again":
+        with monkeypatch.context() as patch:
+            interrupt_evaluation(patch, 1)
+            assert runs(**options) == 75 and "val_loss" not in metrics(runs.path)[-1]
+    if end == "killed":  # after the save
+        (runs.path / "status.json").unlink()
+    with monkeypatch.context() as patch:
+        evaluations = interrupt_evaluation(patch, None)
+        assert runs(**options) == 0 and len(evaluations) == 1
+    assert status(runs.path) == {"reason": "stop_after" if stop_after else "finished", "step": last_step, "code": 0}
+    assert_same_result(runs.path, runs.out_dir / "whole")
+    before = tree(runs.path)
+    assert runs(**options) == 0 and tree(runs.path) == before
+
+
+def test_a_finished_run_is_not_evaluated_again(runs):
+    """Whatever its log has lost since."""
+    assert runs(**EVALUATED) == 0
+    (runs.path / "metrics.jsonl").unlink()
+    before = tree(runs.path)
+    assert runs(**EVALUATED) == 0 and tree(runs.path) == before
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """Beside the training, as on a GPU, each held up until the loop waits for it: the steps that were saved."""
+    monkeypatch.setattr(train_gpt2.machine, "runs_behind", lambda device: True)
+    save, wait, waited, saved = checkpoint.save, checkpoint.Saver.wait, threading.Event(), []
+
+    def held_up(run_directory, step, *arguments):
+        assert waited.wait(timeout=60)
+        waited.clear()
+        saved.append(step)
+        return save(run_directory, step, *arguments)
+
+    def watched_wait(saver):
+        if saver.in_hand:
+            waited.set()
+        wait(saver)
+
+    monkeypatch.setattr(checkpoint, "save", held_up)
+    monkeypatch.setattr(checkpoint.Saver, "wait", watched_wait)
+    return saved
+
+
+def signal_before_update(monkeypatch, step):
+    """SIGTERM in the update of this step. Returns the steps that are made."""
+    original, made = train_gpt2.set_learning_rate, []
+
+    def set_learning_rate(optimizers, config, done):
+        made.append(done + 1)
+        if done + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(optimizers, config, done)
+
+    monkeypatch.setattr(train_gpt2, "set_learning_rate", set_learning_rate)
+    return made
+
+
+@pytest.mark.parametrize("in_step", [None, 4, 6], ids=["as it begins", "a step later", "in the last step"])
+def test_a_signal_during_a_save_in_hand_costs_no_other_save(runs, saves, monkeypatch, capsys, in_step):
+    first = 2 if in_step is None else 3
+    options = {"max_steps": 6, "save_every": first, "val_every": 2}
+    with monkeypatch.context() as patch:
+        made = signal_before_update(patch, in_step)
+        if in_step is None:
+            to_host = checkpoint.to_host
+            patch.setattr(checkpoint, "to_host", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), to_host(*a))[1])
+        assert runs(**options) == 75
+    assert saves == steps(runs.path) == [first] and made == list(range(1, (in_step or first) + 1))
+    assert status(runs.path) == {"reason": "SIGTERM", "step": first, "code": 75}
+    assert len(metrics(runs.path)) == first and f"stopped after step {first}; the same" in capsys.readouterr().out
+    assert runs(**options) == 0 and status(runs.path)["reason"] == "finished"
+    assert runs(**options, run_name="whole") == 0
+    assert_same_result(runs.path, runs.out_dir / "whole")
+
+
+def test_a_signal_during_a_save_that_fails_saves_once_more(runs, saves, monkeypatch, capsys):
+    save, n_calls = checkpoint.save, []
+
+    def fail_first(*arguments):
+        n_calls.append(1)
+        if len(n_calls) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", fail_first)
+    signal_before_update(monkeypatch, 3)
+    assert runs(save_every=2) == 75
+    assert steps(runs.path) == [3] == [status(runs.path)["step"]] and len(metrics(runs.path)) == 3
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_a_save_that_is_done_is_not_one_in_hand(runs, monkeypatch):
+    """Steps since a save that ended long ago are kept by another."""
+    monkeypatch.setattr(train_gpt2.machine, "runs_behind", lambda device: True)
+    original, savers = checkpoint.Saver.save, []
+
+    def save(saver, *arguments, **options):
+        original(saver, *arguments, **options)
+        savers.append(saver)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", save)
+    rate = train_gpt2.set_learning_rate
+
+    def set_learning_rate(optimizers, config, done):
+        if done + 1 == 3:
+            savers[0].in_hand.result()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(optimizers, config, done)
+
+    monkeypatch.setattr(train_gpt2, "set_learning_rate", set_learning_rate)
+    assert runs(save_every=2, max_steps=9) == 75
+    assert steps(runs.path)[-1] == len(metrics(runs.path)) == status(runs.path)["step"] == 3
