@@ -150,7 +150,10 @@ def test_the_real_command_where_files_cannot_grow(whole, tmp_path):  # noqa: F81
 
 
 def assert_refused(place, where, unprivileged=False):
-    """With exit code 5 and one line, before a model is described, let alone built, or data, which are missing, read."""
+    """
+    With exit code 5 and one line, before a model is described, let alone built, or data, which are missing, read; in
+    the time that is promised, which no machine under load has to keep.
+    """
     with row("a place that cannot be written to") as counts:
         counts.injected += 1
         options = place.runs.options(out_dir=where, data=place.runs.directory / "missing")
@@ -162,7 +165,12 @@ def assert_refused(place, where, unprivileged=False):
         counts.took(time.time() - begun)
         assert process.returncode == 5 and errors.startswith("error: ") and errors.count("\n") == 1, errors
         assert str(where) in errors and "parameters" not in said
+        assert trial.SCALE == 1 or counts.longest_s < 3.0 + time_to_import_torch()
         counts.detected += 1
+        if not unprivileged:  # which a trial is not
+            code = trial.run(options, place.out, control=True)
+            counts.control(code != 5 or "parameters" in place.out.read_text())
+            assert counts.naive_failed
 
 
 def give_up_rights():
