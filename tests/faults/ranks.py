@@ -39,9 +39,9 @@ class Fault:
     """
     rank, step: where, step counted from 1. place: "set-up", "forward", "update", "evaluation" or "save" (which only
     rank 0 does); None for none. signals: sent to the ranks in `to`; "hang" waits for ever. slow: seconds that each
-    visit to a place takes, from `step` or `slow_from` on. without: "handler" of signals, "watch" for other processes, "check" for
-    what is not finite, or "order" of the data that is the same for every number of processes. poison: what is not
-    finite from `step` on, by this factor: "loss", "gradient" of one weight, "sum" of it over the processes, or
+    visit to a place takes, from `step` or `slow_from` on. without: "handler" of signals, "watch" for other processes,
+    "check" for what is not finite, or "order" of the data that is the same for every number of processes. poison: what
+    is not finite from `step` on, by this factor: "loss", "gradient" of one weight, "sum" of it over the processes, or
     "weight". beside: as on a GPU, saves are written by a thread and the loop is a step ahead of its log.
     """
 
