@@ -163,7 +163,8 @@ def test_in_runs_and_data(stopped, tmp_path, drop, capfd, place):
     runs, path = dropped(stopped, tmp_path, drop, PLACES[place], fits="fits" in place)
     codes = []
     if "step-" in path.parent.name or place == HARMLESS:
-        codes.append(small.call(sample.main, ["--run", str(runs.path), "--prompt", "!", "--max_new_tokens", "2"]))
+        codes.append(small.call(sample.main, ["--run", str(runs.path), "--device", "cpu", "--prompt", "!",
+                                               "--max_new_tokens", "2"]))
         codes.append(runs(**SMALL, stop_after=1, init_from=runs.path, run_name="from_it"))
     codes.append(runs(**SMALL, stop_after=7))
     if place == HARMLESS:
