@@ -59,6 +59,7 @@ def counts(request):
     """The row of a test for a table: what is changed at random, and what becomes of it."""
     with row(f"fuzzed: {request.node.name.removeprefix('test_').replace('_', ' ')}") as counts:
         yield counts
+        assert counts.naive_failed or not counts.naive_tried
 
 
 class Accepted(BaseException):
