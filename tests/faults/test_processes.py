@@ -132,7 +132,7 @@ BESIDE = ", saves written by a thread as on a GPU"
 
 @pytest.mark.parametrize("to", ["rank 0", pytest.param("rank 1", marks=LONG)])
 def test_sigterm_where_a_save_is_in_hand(place, wholes, to):
-    """As on a GPU: step 4 is being written, which takes 1 s, when the signal comes in step 5; one of them is the end."""
+    """Step 4 is being written, which takes 1 s, when the signal comes in step 5; it ends with one of them."""
     changes = {"save_every": 4}
     with row(f"SIGTERM to one of 2 processes with a save in hand{BESIDE}") as counts:
         counts.injected += 1
