@@ -285,17 +285,19 @@ COMMANDS = ["train_gpt2.py", "sample.py", "eval.py", "bench.py", "test_memory.py
 @pytest.mark.skipif(SCALE == 1, reason="FAULTS_SCALE is 1")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers_soon(command):
-    """Once in three times: a machine has more to do."""
-    times, environment = [], os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    with row("--help of a command, 2.5 s allowed") as counts:
+    """In 2.5 s, once in three times, since a machine has more to do; where torch alone takes half of that, in twice."""
+    times, environment = {}, os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with row("--help of a command, 2.5 s or twice the import of torch allowed") as counts:
         counts.injected += 1
         for _ in range(3):
-            start = time.time()
-            subprocess.run([sys.executable, *command.split(), "--help"], cwd=small.ROOT, env=environment, check=True,
-                           capture_output=True)
-            times.append(time.time() - start)
-        counts.took(min(times))
-        assert min(times) < 2.5
+            for arguments in ("-c", "import torch"), (*command.split(), "--help"):
+                start = time.time()
+                subprocess.run([sys.executable, *arguments], cwd=small.ROOT, env=environment, check=True,
+                               capture_output=True)
+                times.setdefault(arguments, []).append(time.time() - start)
+        torch_s, help_s = map(min, times.values())
+        counts.took(help_s)
+        assert help_s < max(2.5, 2 * torch_s)
         counts.harmless += 1
 
 

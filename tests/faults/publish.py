@@ -52,6 +52,8 @@ class Config:
     """where the table goes"""
     only: str = ""
     """pytest's -k: these tests alone, without the time of a save"""
+    commit: str | None = None
+    """of the code; None: as git says, for which this has to be a checkout"""
     jobs: int = 1
     """processes that share the tests, each with up to three more at a time"""
 
@@ -224,8 +226,9 @@ def main() -> int:
     seed = random.SystemRandom().randrange(10**6) if config.seed is None else config.seed
     print(f"FAULTS_SEED={seed}", flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    commit = config.commit or git("rev-parse", "HEAD").decode().strip() or "unknown"
     run = {"command": shlex.join(["python", "-m", "tests.faults.publish", *sys.argv[1:]]), "seed": seed,
-           "commit": git("rev-parse", "HEAD").decode().strip() or "unknown", "machine": machine.versions(device),
+           "commit": commit, "machine": machine.versions(device),
            "on": machine.describe(device), "cores": os.cpu_count(), **run_tests(config, seed),
            "save": None if config.only else time_of_a_save()}
     kept = read_json(config.docs / "reliability.json") if config.only else {}

@@ -394,6 +394,12 @@ def contents(directory) -> dict[str, bytes | None]:
             if path.exists()}
 
 
+def moved(pending: list[tuple], path: str, to: str) -> list[tuple]:
+    """With the names that these have below a directory which is called otherwise from now on."""
+    return [(name, to + inner.removeprefix(path) if inner.startswith(f"{path}/") else inner, new)
+            for name, inner, new in pending]
+
+
 def lose_names(operations, before: dict[str, bytes | None], generator=None) -> int:
     """
     Takes back what was made, renamed and removed in a directory since its last fsync, or with a random generator the
@@ -402,7 +408,12 @@ def lose_names(operations, before: dict[str, bytes | None], generator=None) -> i
     pending, known = [], set(before)
     for one in operations:
         if one.name == "fsync":
-            pending = [(name, path, to) for name, path, to in pending if os.path.dirname(path) != one.path]
+            pending, kept = [], pending
+            for name, path, to in kept:
+                if os.path.dirname(path) != one.path:
+                    pending.append((name, path, to))
+                elif name in ("rename", "replace"):
+                    pending = moved(pending, path, to)
         elif one.name in ("rename", "replace", "unlink") or (one.name == "mkdir" and one.path not in known):
             pending.append((one.name, one.path, one.to))
             known.add(one.to)
@@ -413,7 +424,12 @@ def lose_names(operations, before: dict[str, bytes | None], generator=None) -> i
         by_directory = {directory: [one for one in pending if os.path.dirname(one[1]) == directory]
                         for directory in dict.fromkeys(os.path.dirname(path) for _, path, _ in pending)}
         lost = [one for ones in by_directory.values() for one in ones[generator.randint(0, len(ones)):]]
-        pending = [one for one in pending if one in lost]
+        pending, kept = [], pending
+        for one in kept:
+            if one in lost:
+                pending.append(one)
+            elif one[0] in ("rename", "replace"):
+                pending = moved(pending, *one[1:])
     n_lost = 0
     for name, path, to in reversed(pending):
         there = to or path
