@@ -112,6 +112,8 @@ def kill_everywhere(place, whole, prepare, kind, part=lambda operations: operati
             prepare()
             counts.injected += 1
             assert place.run("kill_at", at, **also) == -9, (at, operations[at[0] - 1])
+            faults = [checkpoint.find_fault(path) for path in checkpoint.list_checkpoints(place.path)]
+            assert faults.count(None) >= min(steps_saved(place.operations()[:-1]), 2), (at, faults)
             place.finish(whole, message=(at, operations[at[0] - 1]))
             counts.survived += 1
         assert counts.injected
@@ -469,7 +471,7 @@ def test_power_loss(whole, killed, place, kind):
     operations = place.operations()
     if kind == "a resumed run":  # its saves are those of a new run
         first_save = next(i for i, one in enumerate(operations) if one.name == "rename" and ".saving-" in one.path)
-        operations = operations[:first_save + 2]
+        operations = operations[:first_save + 6]
     n_names = 0
     with row(f"power lost: bytes missing, empty, zeros, half or all there, names there or not, {kind}") as counts:
         for at in operations:
@@ -508,7 +510,7 @@ def test_power_loss(whole, killed, place, kind):
 
 def steps_saved(operations) -> int:
     """How many saves have come to their end."""
-    return sum(one.name == "rename" and ".saving-" in one.path and following.name == "fsync"
+    return sum(one.name == "rename" and "run/.saving-" in one.path and following.name == "fsync"
                for one, following in itertools.pairwise(operations))
 
 
