@@ -93,8 +93,8 @@ def swept_fields(options: SweepConfig, others: list[str]) -> dict[str, list[str]
     with different ones, and those that follow find them compiled. others: options that go to every run.
     """
     for name, value in ("seeds", options.seeds), ("slots", options.slots):
-        if value is not None and value < 1:
-            raise BadOption(f"{name}={value} must be at least 1")
+        if value is not None and not 1 <= value <= 1000:
+            raise BadOption(f"{name}={value} must lie between 1 and 1000")
     seeds = options.seeds and ",".join(map(str, range(options.seeds)))
     named = {"seed": seeds, "learning_rate": options.learning_rates, "model": options.models}
     texts = [f"{field}={values}" for field, values in named.items() if values is not None]

@@ -8,9 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from tqdm import tqdm
 
 from comparison.groups import RATES, Group, by_rate, meeting_point
@@ -37,11 +34,15 @@ def plot_all(groups: list[Group], folder: Path):
 
 
 def colour(i: int, n: int):
+    from matplotlib import colormaps  # half a second, where it is used
+
     return f"C{i}" if n <= FEW else colormaps["viridis"](i / (n - 1))
 
 
 def figure(n_labels: int, n_panels: int = 1):
     """(Figure, its panels one above the other), with room for a legend below."""
+    from matplotlib.figure import Figure
+
     canvas = Figure((6.4, 1 + 3 * n_panels + 0.2 * min(n_labels, 2 * FEW)), layout="constrained", dpi=100)
     return canvas, canvas.subplots(n_panels, 1, sharex=True, squeeze=False)[:, 0]
 
@@ -53,6 +54,8 @@ def cut(losses, group: Group):
 
 def finish(canvas, axes, path: Path):
     """Grid, a legend of what has a label, and the file."""
+    from matplotlib.ticker import EngFormatter
+
     for panel in axes:
         panel.grid(alpha=0.3)
         if "tokens" in panel.get_xlabel():

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from scipy.interpolate import PchipInterpolator
 
 from configs.recipes import RESULT_FIELDS, TrainConfig
 from files import read_text
@@ -131,6 +130,8 @@ class Run:
             return float(values[places == x][0])
         if axis == "tokens" or len(places) < 2:
             return math.nan
+        from scipy.interpolate import PchipInterpolator  # half a second, where it is used
+
         return float(PchipInterpolator(places, values, extrapolate=False)(x))
 
     def reaches(self, loss: float) -> tuple[float, float]:

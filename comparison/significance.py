@@ -13,9 +13,6 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
-from scipy.optimize import brentq
-from scipy.special import ndtr
 
 ALPHA, POWER = 0.05, 0.80
 MOST_SEEDS = 10_000  # a difference that needs more is none
@@ -53,6 +50,8 @@ def compare(a: dict[int, float], b: dict[int, float], noise: float | None = None
     Welch's test over all seeds and the paired test over those in both. noise: the standard deviation over seeds by
     which more of them are planned, as pooled over more groups; None: over these two.
     """
+    from scipy import stats  # half a second, where it is used
+
     if not a or not b:
         return Comparison(why_not="no loss at this point")
     x, y = np.array(list(a.values())), np.array(list(b.values()))
@@ -89,6 +88,8 @@ def noise_floor(groups: list[list[float]]) -> tuple[float, int]:
 
 def noise_interval(noise: float, freedom: int) -> tuple[float, float]:
     """95 % confidence interval of a standard deviation with these degrees of freedom, for normal results."""
+    from scipy import stats
+
     return tuple(noise * math.sqrt(freedom / stats.chi2.ppf(part, freedom)) for part in (1 - ALPHA / 2, ALPHA / 2))
 
 
@@ -117,6 +118,10 @@ def needed_shift(n_a: int, n_b: int) -> float:
     finds with POWER. Given both sample variances, the test's limit is fixed and the difference normal; the power is the
     mean over the two, independent and chi-squared, at GRID x GRID quantiles: within 0.004 of a grid of 1,000 x 1,000.
     """
+    from scipy import stats
+    from scipy.optimize import brentq
+    from scipy.special import ndtr
+
     middles = (np.arange(GRID) + 0.5) / GRID
     a, b = (stats.chi2.ppf(middles, n - 1) / (n - 1) / n for n in (n_a, n_b))  # squared standard errors of the means
     a, b = a[:, None], b[None, :]

@@ -196,7 +196,7 @@ BAD = {
     "json": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl: line 2: not JSON"),
     "deep json": ("a.jsonl", b"[" * 200_000, "a.jsonl: line 1: not JSON"),
     "object": ("a.jsonl", b"[1]", "a.jsonl: line 1: a JSON list"),
-    "field": ("a.jsonl", b'\n{"title": "a", "body": "b"}', "a.jsonl: line 2: no field 'text', only title, body"),
+    "field": ("a.jsonl", b'\n{"title": "a", "body": "b"}', "a.jsonl: line 2: no field 'text', only 'title', 'body'"),
     "number": ("a.jsonl", b'{"text": 3}', "a.jsonl: line 1: field 'text' is not text: 3"),
     "utf-8 jsonl": ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "a.jsonl: line 2: not UTF-8: byte 0xff"),
     "utf-8 txt": ("a.txt", b"a\nb\nc\xe9d", "a.txt: line 3: not UTF-8: byte 0xe9"),

@@ -1,5 +1,6 @@
 """Options and files of any content: taken, or refused with one line and a documented exit code; never a traceback."""
 
+import argparse
 import contextlib
 import copy
 import hashlib
@@ -9,26 +10,38 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
+import time
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 import small
+import tyro
 from hypothesis import strategies as st
 
 import bench
 import checkpoint
+import compare
+import data.text
 import eval
+import finite
 import hellaswag
+import replay
 import rundir
 import sample
+import sweep
 import test_memory
 import train_gpt2
-from data.shards import open_dataset
+from data.shards import open_dataset, run_command
 from model import GPTConfig
+from tests.faults.table import row
 
 SEED, SCALE = os.environ.get("FAULTS_SEED"), int(os.environ.get("FAULTS_SCALE", 1))
-SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 8, "save_every": 2, "val_tokens": 32}
+SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 8, "save_every": 2, "val_tokens": 32, "val_every": 4}
 
 
 def fuzz(n: int, **strategies):
@@ -39,6 +52,14 @@ def fuzz(n: int, **strategies):
         test = settings(hypothesis.given(**strategies)(test))
         return test if SEED is None else hypothesis.seed(int(SEED))(test)
     return decorate
+
+
+@pytest.fixture
+def counts(request):
+    """The row of a test for a table: what is changed at random, and what becomes of it."""
+    with row(f"fuzzed: {request.node.name.removeprefix('test_').replace('_', ' ')}") as counts:
+        yield counts
+        assert counts.naive_failed or not counts.naive_tried
 
 
 class Accepted(BaseException):
@@ -64,14 +85,21 @@ def call(main, arguments: list[str]) -> tuple[int | str, str]:
 def messages(err: str) -> list[str]:
     """tyro's frame counts as one; progress bars do not."""
     err = re.sub(r"╭─.*?╰─[^\n]*", "frame", err, flags=re.DOTALL)
-    return [line for line in re.split(r"[\r\n]", err) if line.strip() and not re.search(r"step/s|\?step|s/step", line)]
+    bars = r"step/s|\?step|s/step|/1 runs, |B/s[],]"
+    return [line for line in re.split(r"[\r\n]", err) if line.strip() and not re.search(bars, line)]
 
 
-def check(code, err, codes):
+def check(code, err, codes, counts=None):
+    """counts: of a row, where this is one trial; what is taken is as good as before."""
+    if counts:
+        counts.injected += 1
     assert "Traceback" not in err and code in codes, (code, err[-3000:])
     assert len(messages(err)) <= 1, err
     if code not in (0, "accepted"):
         assert re.fullmatch(r"error: .+|frame", messages(err)[0]), err
+    if counts:
+        counts.detected += code not in (0, "accepted")
+        counts.harmless += code in (0, "accepted")
 
 
 # -----------------------------------------------------------------------------
@@ -93,6 +121,11 @@ NAMES = {
     "eval": list(eval.EvalConfig.__dataclass_fields__),
     "bench": [*bench.BenchConfig.__dataclass_fields__, *GPTConfig.__dataclass_fields__],
     "memory": list(test_memory.MemoryConfig.__dataclass_fields__),
+    "compare": list(compare.CompareConfig.__dataclass_fields__),
+    "replay": list(replay.ReplayConfig.__dataclass_fields__),
+    "sweep": [*(name for name in sweep.SweepConfig.__dataclass_fields__ if name not in ("seeds", "slots")),
+              *train_gpt2.TrainConfig.__dataclass_fields__],
+    "text": ["name", "train", "val", "field", "out", "source", "licence", "workers"],
 }
 VALID = {
     "train": ["--model", "tiny", "--device", "cpu", "--max_steps", "8", "--sequence_length", "32", "--window_size", "8",
@@ -104,9 +137,21 @@ VALID = {
               "--steps", "2", "--dtype", "float32"],
     "memory": ["--model", "tiny", "--device", "cpu", "--sequence_lengths", "64", "128", "--window_sizes", "8", "16",
                "--tokens", "128", "--head_dim", "16"],
+    "compare": ["runs/finished", "runs/other", "--baseline", "finished", "--target_loss", "5.5"],
+    "replay": ["--run", "not_finite", "--out_dir", "runs", "--device", "cpu"],
+    "sweep": ["--models", "tiny", "--learning_rates", "1e-3,1e-2", "--sweep", "seed=4,7", "--device", "cpu",
+              "--sequence_length", "32", "--total_batch_tokens", "128", "--name", "windows"],
+    "text": ["new", "--train", "texts/text.jsonl", "--val", "texts/val.jsonl", "--field", "text", "--workers", "1"],
 }
+
+
+def text_main(arguments):
+    return run_command(lambda: tyro.cli(data.text.main, args=arguments, use_underscores=True))
+
+
 MAINS = {"train": train_gpt2.main, "sample": sample.main, "eval": eval.main, "bench": bench.main,
-         "memory": test_memory.main}
+         "memory": test_memory.main, "compare": compare.main, "replay": replay.main, "sweep": sweep.main,
+         "text": text_main}
 
 
 @st.composite
@@ -133,7 +178,10 @@ def command_lines(draw):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Runs in the working directory: one with two checkpoints and two steps to do, and a finished one without any."""
+    """
+    In the working directory a text, and runs: one with two checkpoints and two steps to do, two that are finished and
+    have none, one for replay.py, and a sweep.
+    """
     runs = small.Runs.__new__(small.Runs)
     runs.directory = tmp_path_factory.mktemp("fuzz")
     runs.data, runs.out_dir = runs.directory / "data" / "mine", runs.directory / "runs"
@@ -144,6 +192,17 @@ def place(tmp_path_factory):
         assert runs(**SMALL, run_name="uninterrupted") == 0
         assert runs(**SMALL, stop_after=6) == 0
         assert runs(**SMALL | {"save_every": 0}, run_name="finished") == 0
+        assert runs(**SMALL | {"save_every": 0}, run_name="other", seed=1) == 0
+        with pytest.MonkeyPatch.context() as one:
+            one.setattr(finite, "first_not_finite", lambda tensors: next(iter(tensors)))
+            assert runs(**SMALL, run_name="not_finite", data="data/mine") == 6
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert small.call(sweep.main, [*sweep_options(runs), "--dry_run"]) == 0
+        shutil.copytree(runs.out_dir / "finished", runs.directory / "swept" / out.getvalue().split(": ")[0])
+        (runs.directory / "texts").mkdir()
+        for name in "text.jsonl", "val.jsonl":
+            (runs.directory / "texts" / name).write_text(json.dumps({"text": f"To be {name}"}))
         shutil.copytree(runs.directory, runs.directory.with_name("as_it_was"))
         yield runs
 
@@ -154,26 +213,92 @@ def reset(place):
     shutil.copytree(place.directory.with_name("as_it_was"), place.directory, dirs_exist_ok=True)
 
 
+class Here:
+    """In place of a process beside."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *arguments):
+        return SimpleNamespace(result=lambda: function(*arguments))
+
+
 @pytest.fixture
 def nothing_begins(monkeypatch):
     for module, name in ((train_gpt2, "train"), (bench, "measure"), (bench, "build"), (test_memory, "measure_all"),
                          (checkpoint, "load_model")):
         monkeypatch.setattr(module, name, accepted)
+    for module, name in ((compare, "print_report"), (compare, "show_card"), (replay, "build"), (sweep, "run_all"),
+                         (data.text, "prepare")):
+        monkeypatch.setattr(module, name, accepted)
     monkeypatch.setattr("kernels.verify.run", accepted)
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Here)
 
 
 def test_valid_command_lines(place, nothing_begins):
     for command, line in *VALID.items(), ("bench", [*VALID["bench"], "--out_dir", "."]):
-        assert call(MAINS[command], line) == ("accepted", "")
+        assert call(MAINS[command], line) == ("accepted", ""), command
 
 
 @fuzz(500, command_line=command_lines())
-def test_options(place, nothing_begins, command_line):
+def test_options(place, nothing_begins, counts, command_line):
+    """The control: a parser that knows the options and their types, but no limits, takes what has to be refused."""
     command, line = command_line
     before = small.tree(place.directory)
     code, err = call(MAINS[command], line)
-    check(code, err, ("accepted", 0, 2, 4) if command in ("sample", "eval") else ("accepted", 0, 2, 5))
+    check(code, err, CODES.get(command, ("accepted", 0, 2, 5)), counts)
     assert small.tree(place.directory) == before
+    if command == "train" and code == 2:
+        counts.control(taken_by_type(line))
+
+
+CODES = {"sample": ("accepted", 0, 2, 4), "eval": ("accepted", 0, 2, 4), "replay": ("accepted", 0, 2, 4, 7),
+         "text": ("accepted", 0, 2, 7)}
+
+
+def taken_by_type(line: list[str]) -> bool:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for field in *fields(train_gpt2.TrainConfig), *fields(GPTConfig):
+        kind = type(field.default) if type(field.default) in (int, float) else str
+        parser.add_argument(f"--{field.name}", type=kind)
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        parser.parse_args(line)
+        return True
+    return False
+
+
+def test_the_control_takes_too_much():
+    assert taken_by_type(["--learning_rate", "nan", "--n_layer", "-1"])
+    assert not taken_by_type(["--learning_rate", "x"]) and not taken_by_type(["--learning_rat", "1"])
+
+
+COMMANDS = ["train_gpt2.py", "sample.py", "eval.py", "bench.py", "test_memory.py", "compare.py", "replay.py",
+            "sweep.py", "explain_memory.py", "-m data.text", "-m data.fineweb", "-m data.shakespeare"]
+
+
+@pytest.mark.skipif(SCALE == 1, reason="FAULTS_SCALE is 1")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_soon(command):
+    """In 2.5 s, once in three times, since a machine has more to do; where torch alone takes half of that, in twice."""
+    times, environment = {}, os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with row("--help of a command, 2.5 s or twice the import of torch allowed") as counts:
+        counts.injected += 1
+        for _ in range(3):
+            for arguments in ("-c", "import torch"), (*command.split(), "--help"):
+                start = time.time()
+                subprocess.run([sys.executable, *arguments], cwd=small.ROOT, env=environment, check=True,
+                               capture_output=True)
+                times.setdefault(arguments, []).append(time.time() - start)
+        torch_s, help_s = map(min, times.values())
+        counts.took(help_s)
+        assert help_s < max(2.5, 2 * torch_s)
+        counts.harmless += 1
 
 
 PATHS = st.one_of(WORDS, ODD, BYTES.map(os.fsdecode)).filter(lambda path: ".." not in path)
@@ -181,14 +306,14 @@ PATHS = st.one_of(WORDS, ODD, BYTES.map(os.fsdecode)).filter(lambda path: ".." n
 
 @hypothesis.example(option="out_dir", path="\udc80", inside=True)
 @fuzz(80, option=st.sampled_from(["data", "out_dir", "run_name", "init_from"]), path=PATHS, inside=st.booleans())
-def test_paths(place, monkeypatch, option, path, inside):
+def test_paths(place, monkeypatch, counts, option, path, inside):
     """As far as the run's directory; a refused one leaves nothing behind."""
     monkeypatch.setattr(rundir.RunDir, "begin", accepted)
     if option == "out_dir" or inside:
         path = f"{place.directory}/{path}"
     before = set(place.directory.rglob("*"))
     code, err = call(train_gpt2.main, place.options(**SMALL | {option: path, "stop_after": 6, "seed": 1}))
-    check(code, err, ("accepted", 0, 2, 5, 7))
+    check(code, err, ("accepted", 0, 2, 5, 7), counts)
     if code != "accepted":
         assert set(place.directory.rglob("*")) == before
     else:
@@ -262,16 +387,30 @@ def pristine(place, path: Path) -> bytes:
     return (place.directory.with_name("as_it_was") / path.relative_to(place.directory)).read_bytes()
 
 
-@fuzz(200, data=st.data())
-def test_hellaswag(tmp_path_factory, data):
+@fuzz(200, drawn=st.data())
+def test_hellaswag(tmp_path_factory, counts, drawn):
     """Examples of it, or one line that says which line is none."""
     path = tmp_path_factory.getbasetemp() / "hellaswag.jsonl"
-    path.write_bytes(contents(data.draw, b'{"ctx": "A", "endings": ["b", "c", "d", "e"], "label": 0}'))
+    counts.injected += 1
+    path.write_bytes(contents(drawn.draw, b'{"ctx": "A", "endings": ["b", "c", "d", "e"], "label": 0}'))
     try:
         examples = hellaswag.read(path)
         assert len(examples.rows) == 4 * len(examples.labels) > 0 and examples.n_bytes.min() > 0
+        counts.harmless += 1
     except rundir.DataError as error:
         one_line(str(error))
+        counts.detected += 1
+
+
+@fuzz(60, drawn=st.data())
+def test_text(place, counts, drawn):
+    """A data set, or one line that says which line is none, and nothing is left."""
+    path = place.directory / "texts" / "text.jsonl"
+    path.write_bytes(contents(drawn.draw, b'{"text": "To be"}'))
+    code, err = call(text_main, [word.replace("new", "made") for word in VALID["text"]])
+    check(code, err, (0, 7), counts)
+    assert (place.data.parent / "made").exists() == (code == 0)
+    reset(place)
 
 
 NAIVE = {  # (a file, what one does with it who believes it)
@@ -283,6 +422,10 @@ NAIVE = {  # (a file, what one does with it who believes it)
 }
 
 
+NAIVE_ROWS = {"manifest.json": "manifest of a checkpoint", "state.json": "state of a checkpoint",
+              "status.json": "config and status", "metrics.jsonl": "metrics", "data": "manifest of data"}
+
+
 @pytest.mark.parametrize("name", NAIVE)
 def test_who_believes_these_files_fails(place, name):
     """The control."""
@@ -292,24 +435,27 @@ def test_who_believes_these_files_fails(place, name):
     NAIVE[name](json.loads(valid))
     failed = []
 
-    @fuzz(100, data=st.data())
-    def read(data):
+    @fuzz(100, drawn=st.data())
+    def read(drawn):
         try:
-            NAIVE[name](json.loads(contents(data.draw, valid)))
+            NAIVE[name](json.loads(contents(drawn.draw, valid)))
             failed.append(False)
         except Exception:
             failed.append(True)
 
     read()
-    print(f"naive: {sum(failed)} of {len(failed)} fail")
-    assert sum(failed) > len(failed) / 2
+    with row(f"fuzzed: {NAIVE_ROWS[name]}") as counts:
+        for one in failed:
+            counts.control(one)
+        assert counts.naive_failed > counts.naive_tried / 2
 
 
-@fuzz(300, data=st.data())
-def test_manifest_of_a_checkpoint(place, data):
+@fuzz(300, drawn=st.data())
+def test_manifest_of_a_checkpoint(place, counts, drawn):
     """Taken only where it says of each file what is true."""
     path, said = place.path / "step-00000006" / "manifest.json", []
-    path.write_bytes(contents(data.draw, pristine(place, path)))
+    path.write_bytes(contents(drawn.draw, pristine(place, path)))
+    counts.injected += 1
     found = checkpoint.newest_valid(place.path, said.append)
     if found == path.parent:
         manifest = json.loads(path.read_text())
@@ -317,72 +463,124 @@ def test_manifest_of_a_checkpoint(place, data):
     else:
         assert found.name == "step-00000004" and len(said) == 1
         one_line(said[0])
+    counts.harmless += found == path.parent
+    counts.detected += found != path.parent
     path.write_bytes(pristine(place, path))
 
 
-@fuzz(40, data=st.data())
-def test_state_of_a_checkpoint(place, data):
+@fuzz(40, drawn=st.data())
+def test_state_of_a_checkpoint(place, counts, drawn):
     """With a manifest that fits, as if another version had written it."""
     path = place.path / "step-00000006" / "state.json"
-    path.write_bytes(contents(data.draw, pristine(place, path)))
+    path.write_bytes(contents(drawn.draw, pristine(place, path)))
     (path.parent / "manifest.json").write_text(json.dumps(entries(path.parent)))
     options = ["--run", "run", "--device", "cpu", "--prompt", "!", "--max_new_tokens", "1"]
     check(*call(sample.main, options), (0, 2, 4))
     check(*call(eval.main, ["--run", "run", "--device", "cpu"]), (0, 2, 4, 7))
-    check(*call(train_gpt2.main, place.options(**SMALL)), (0, 2))
+    check(*call(train_gpt2.main, place.options(**SMALL)), (0, 2), counts)
     reset(place)
 
 
-@fuzz(40, data=st.data(), which=st.sampled_from(["config.json", "status.json", "both"]))
-def test_config_and_status(place, data, which):
+@fuzz(40, drawn=st.data(), which=st.sampled_from(["config.json", "status.json", "both"]))
+def test_config_and_status(place, counts, drawn, which):
     """Of a run without checkpoints: finished, refused, or made again as it was; never with other settings."""
     path = place.out_dir / "finished"
     before = small.losses(path)
     for name in ["config.json", "status.json"] if which == "both" else [which]:
-        (path / name).write_bytes(contents(data.draw, pristine(place, path / name)))
+        (path / name).write_bytes(contents(drawn.draw, pristine(place, path / name)))
     options = SMALL | {"save_every": 0, "run_name": "finished"}
-    check(*call(train_gpt2.main, place.options(**options)), (0, 2))
+    check(*call(train_gpt2.main, place.options(**options)), (0, 2), counts)
     assert small.losses(path) == before
     check(*call(train_gpt2.main, place.options(**options | {"learning_rate": 0.5, "stop_after": 1})), (0, 2))
     reset(place)
 
 
-@fuzz(40, data=st.data())
-def test_metrics(place, data):
+@fuzz(40, drawn=st.data())
+def test_metrics(place, counts, drawn):
     """Line n stays the n-th update, and the run ends with the same bits."""
     path = place.path / "metrics.jsonl"
     lines = pristine(place, path).splitlines(keepends=True)
-    i = data.draw(st.integers(0, len(lines) - 1))
-    lines[i] = contents(data.draw, lines[i]) + data.draw(st.sampled_from([b"", b"\n"]))
+    i = drawn.draw(st.integers(0, len(lines) - 1))
+    lines[i] = contents(drawn.draw, lines[i]) + drawn.draw(st.sampled_from([b"", b"\n"]))
     path.write_bytes(b"".join(lines))
+    counts.injected += 1
     check(*call(train_gpt2.main, place.options(**SMALL)), (0,))
     expected = place.out_dir / "uninterrupted"
     assert [row["step"] for row in small.metrics(place.path)] == list(range(1, 9))
     assert [row["loss"] for row in small.metrics(place.path)[6:]] == small.losses(expected)[6:]
     assert all(row["time_s"] > 0 for row in small.metrics(place.path)[6:])
+    counts.survived += 1
     reset(place)
 
 
-@fuzz(300, data=st.data())
-def test_manifest_of_data(place, data):
+@fuzz(40, drawn=st.data(), name=st.sampled_from(["config.json", "status.json", "metrics.jsonl"]))
+def test_runs_to_compare(place, counts, drawn, name):
+    """What is of no use in them is left out and said, or the run is refused."""
+    path = place.out_dir / "finished" / name
+    lines = pristine(place, path).splitlines(keepends=True) if name == "metrics.jsonl" else [pristine(place, path)]
+    i = drawn.draw(st.integers(0, len(lines) - 1))
+    lines[i] = contents(drawn.draw, lines[i])
+    path.write_bytes(b"".join(lines))
+    check(*call(compare.main, ["finished", "other"]), (0, 2), counts)
+    if SCALE > 1:  # it plots
+        check(*call(compare.main, ["finished", "--card"]), (0, 2))
+    reset(place)
+
+
+@fuzz(40, drawn=st.data())
+def test_index_of_a_sweep(place, counts, drawn):
+    """What it says is kept where it is of use; the run that is finished is not made again."""
+    folder = place.directory / "swept"
+    (name,) = (path.name for path in folder.iterdir() if path.is_dir())
+    valid = {"runs": {name: {"command": "", "state": "waiting", "attempts": 1, "seconds": 1.0, "halved_to": None}}}
+    (folder / "index.json").write_bytes(contents(drawn.draw, json.dumps(valid).encode()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "ProcessPoolExecutor", Here)
+        check(*call(sweep.main, sweep_options(place)), (0,), counts)
+    assert json.loads((folder / "index.json").read_text())["runs"][name]["state"] == "finished"
+    reset(place)
+
+
+def sweep_options(place) -> list[str]:
+    changes = {"model": None, "run_name": None, "save_every": 0, "out_dir": "swept"}
+    return ["--models", "tiny", *place.options(**SMALL | changes)]
+
+
+@fuzz(40, drawn=st.data())
+def test_state_of_what_is_replayed(place, counts, drawn):
+    """With a manifest that fits, as if another version had written it."""
+    path = place.out_dir / "not_finite" / "not-finite" / "step-00000002" / "state.json"
+    path.write_bytes(contents(drawn.draw, pristine(place, path)))
+    (path.parent / "manifest.json").write_text(json.dumps(entries(path.parent)))
+    check(*call(replay.main, ["--run", "not_finite", "--device", "cpu"]), (0, 2, 4, 7), counts)
+    reset(place)
+
+
+@fuzz(300, drawn=st.data())
+def test_manifest_of_data(place, counts, drawn):
     """Taken only with the same shards."""
     path, before = place.data / "manifest.json", open_dataset(place.data).fingerprint
-    path.write_bytes(contents(data.draw, pristine(place, path)))
+    path.write_bytes(contents(drawn.draw, pristine(place, path)))
+    counts.injected += 1
     try:
         dataset = open_dataset(place.data)
         assert dataset.fingerprint == before and dataset.tokenizer in ("gpt2", None)
+        counts.harmless += 1
     except rundir.DataError as error:
         one_line(str(error))
+        counts.detected += 1
     finally:
         path.write_bytes(pristine(place, path))
 
 
-@fuzz(200, data=st.data())
-def test_memory_of_verified_shards(place, data):
+@fuzz(200, drawn=st.data())
+def test_memory_of_verified_shards(place, counts, drawn):
     """Never a reason to refuse shards that are as they were."""
     path = place.data / "verified.json"
-    path.write_bytes(contents(data.draw, pristine(place, path)))
+    path.write_bytes(contents(drawn.draw, pristine(place, path)))
+    counts.injected += 1
     open_dataset(place.data, small.VOCAB)
+    counts.harmless += 1
 
 
 CHECKPOINT, DATA = "runs/run/step-00000006/", "data/mine/"
@@ -425,7 +623,8 @@ def test_found_by_fuzzing(place, name, keys, value, command, expected):
         (path.parent / "manifest.json").write_text(json.dumps(entries(path.parent)))
     options = SMALL | ({"save_every": 0, "run_name": "finished"} if command == "finished" else {})
     if command == "sample":
-        check(*call(sample.main, ["--run", "run", "--prompt", "!", "--max_new_tokens", "1"]), (expected,))
+        check(*call(sample.main, ["--run", "run", "--device", "cpu", "--prompt", "!", "--max_new_tokens", "1"]),
+              (expected,))
     else:
         check(*call(train_gpt2.main, place.options(**options)), (expected,))
     reset(place)

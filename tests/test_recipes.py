@@ -313,6 +313,11 @@ def test_help_does_not_wait_for_the_compiler():
     assert subprocess.run([sys.executable, "-c", code], cwd=small.ROOT).returncode == 0
 
 
+def test_help_of_compare_does_not_wait_for_statistics_and_plots():
+    code = "import sys, compare; sys.exit(bool({'scipy', 'matplotlib'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=small.ROOT).returncode == 0
+
+
 def test_help_names_every_option(capsys):
     assert call(train_gpt2.main, ["--help"]) == 0
     out = capsys.readouterr().out

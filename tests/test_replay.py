@@ -150,6 +150,44 @@ def test_replay_says_what_removes_it(runs, gelu, capsys):
     assert out[5] == "finite in float32"
 
 
+def replayed(runs, capsys) -> list[str]:
+    """Whether each of the ways was finite, and the last line."""
+    capsys.readouterr()
+    assert call(replay.main, ["--run", "run", "--out_dir", str(runs.out_dir), "--device", "cpu"]) == 0
+    _, *ways, last = capsys.readouterr().out.splitlines()
+    return ["all is finite" in way for way in ways], last
+
+
+def test_replay_without_what_compiles(runs, gelu, capsys, monkeypatch):
+    """Compiled, the model gives infinity: it is made to, since compiling takes half a minute here."""
+    not_finite(runs, gelu)
+    gelu.from_call = math.inf
+
+    def compile(model):
+        forward = model.forward
+        model.forward = lambda *inputs: (None, forward(*inputs)[1] * math.inf)
+
+    monkeypatch.setattr(replay, "compiles", lambda option, device: option != "off")
+    monkeypatch.setattr(GPT, "compile", compile)
+    assert replayed(runs, capsys) == ([False, False, True, False], "finite without torch.compile")
+
+
+@pytest.mark.parametrize("window_size", [None, 8])
+def test_replay_by_plain_kernels(runs, gelu, capsys, monkeypatch, window_size):
+    """Attention by any kernel but its definition gives infinity."""
+    gelu.from_call = 2 * (1 + 2)
+    assert runs(**BAD, window_size=window_size) == 6
+    gelu.from_call = math.inf
+    attention = F.scaled_dot_product_attention
+
+    def broken(*arguments, **options):
+        y = attention(*arguments, **options)
+        return y * math.inf if torch.backends.cuda.flash_sdp_enabled() else y
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
+    assert replayed(runs, capsys) == ([False, False, False, True], "finite by plain kernels")
+
+
 def test_replay_of_what_does_not_come_back(runs, gelu, capsys):
     not_finite(runs, gelu)
     gelu.from_call = math.inf

@@ -566,6 +566,8 @@ def main() -> int:
         print("error: torch sees no CUDA GPU; --device cpu goes through it with tiny models", file=sys.stderr)
         return 2
     config.out.parent.mkdir(parents=True, exist_ok=True)
+    if config.work:
+        config.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=config.work)).resolve()
     lab, results, begun, lock = Lab(config, seed, work), {}, time.time(), threading.Lock()
     device = torch.device(config.device)

@@ -1,10 +1,11 @@
 """
 Every fault at length, and the table of docs/RELIABILITY.md with it.
 
-    python -m tests.faults.publish [--scale 7]
+    python -m tests.faults.publish [--scale 7] [--jobs 24]
 
-Up to 75 minutes on 2 cores. Writes docs/reliability.json and, between two marks, docs/RELIABILITY.md. The exit code is
-pytest's, or 1 where a save takes too long.
+Up to 75 minutes on 2 cores. Writes docs/reliability.json and, between two marks, docs/RELIABILITY.md. With --only, rows
+that are measured anew take the place of those that are there, and the others stay; each row says by which run, that is
+of which commit and on which machine, it was measured. The exit code is pytest's, or 1 where a save takes too long.
 """
 
 import json
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
 import torch
 import tyro
 
@@ -30,12 +32,13 @@ from configs.recipes import TrainConfig
 from files import write_all, write_json, write_text
 from model import GPT, GPTConfig
 from optim import make_optimizers, update
-from rundir import git
+from rundir import git, read_json
 
 MARKS = "<!-- written by tests/faults/publish.py -->\n", "<!-- until here -->\n"
-COLUMNS = ("fault", "injected", "survived bitwise", "detected", "naive control", "95 % bound", "seconds")
-TESTS = ("tests/faults", "tests/test_checkpoint.py::test_resumed_run_is_the_uninterrupted_run",
+COLUMNS = ("fault", "injected", "survived bitwise", "detected", "naive control", "95 % bound", "seconds", "commit")
+TESTS = ("tests/faults", "tests/test_fuzz.py", "tests/test_checkpoint.py::test_resumed_run_is_the_uninterrupted_run",
          "tests/test_checkpoint.py::test_without_its_moments_it_is_not")
+NO_TESTS = 5  # pytest's exit code
 MOST_TIMES_A_COPY = 1.3  # that a save may take
 
 
@@ -48,7 +51,11 @@ class Config:
     docs: Path = Path("docs")
     """where the table goes"""
     only: str = ""
-    """pytest's -k"""
+    """pytest's -k: these tests alone, without the time of a save"""
+    commit: str | None = None
+    """of the code; None: as git says, for which this has to be a checkout"""
+    jobs: int = 1
+    """processes that share the tests, each with up to three more at a time"""
 
 
 def upper_bound(n_failed: int, n: int) -> float:
@@ -68,48 +75,82 @@ def upper_bound(n_failed: int, n: int) -> float:
 
 
 def add_up(rows: list[dict]) -> list[dict]:
-    """One row for each fault, in the order of their first rows, with what has failed: neither survived nor detected."""
+    """One row for each fault, in the order of the tests, with what has failed: none of the ends that a Row has."""
     faults = {}
-    for row in rows:
-        total = faults.setdefault(row["fault"], dict.fromkeys(row, 0) | {"fault": row["fault"]})
-        for name in row.keys() - {"fault", "longest_s"}:
+    for row in sorted(rows, key=lambda row: row.pop("test")):
+        total = faults.setdefault(row["fault"], dict.fromkeys(row, 0) | {"fault": row["fault"], "measure": ""})
+        for name in row.keys() - {"fault", "measure", "longest_s"}:
             total[name] += row[name]
+        total["measure"] = row["measure"] or total["measure"]
         total["longest_s"] = max(total["longest_s"], row["longest_s"])
-    return [row | {"failed": row["injected"] - row["survived"] - row["detected"]} for row in faults.values()]
+    good = "survived", "detected", "harmless"
+    return [row | {"failed": row["injected"] - sum(row[name] for name in good)} for row in faults.values()]
 
 
-def line(row: dict) -> str:
-    n, failed, skipped = row["injected"], row["failed"], row["skipped"]
-    injected = str(n) + f", **{failed} failed**" * (failed > 0) + f", {skipped} skipped" * (skipped > 0)
+def line(row: dict, commit: str) -> str:
+    n, failed, skipped, harmless = row["injected"], row["failed"], row["skipped"], row["harmless"]
+    fault = row["fault"] + f": {row['measure']}" * bool(row["measure"])
+    injected = (str(n) + f", {harmless} harmless" * (harmless > 0) + f", **{failed} failed**" * (failed > 0)
+                + f", {skipped} skipped" * (skipped > 0))
     naive = f"{row['naive_failed']} of {row['naive_tried']} failed" if row["naive_tried"] else "-"
     bound = f"{upper_bound(failed, n):.2%}" if n else "-"
     seconds = f"{row['seconds']:.0f}" + (f" ({row['longest_s']:.1f})" if row["longest_s"] else "")
-    cells = row["fault"], injected, str(row["survived"]), str(row["detected"]), naive, bound, seconds
+    cells = fault, injected, str(row["survived"]), str(row["detected"]), naive, bound, seconds, commit[:7]
     return f"| {' | '.join(cells)} |\n"
 
 
-def table(rows: list[dict]) -> str:
-    return f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n" + "".join(map(line, rows))
+def table(found: dict) -> str:
+    lines = (line(row, found["runs"][row["run"]]["commit"]) for row in found["faults"])
+    return f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}\n" + "".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# the tests
+
+
+def pytest_collection_modifyitems(items):
+    """In one of several processes, with this file as pytest's plugin: numbers the tests, and keeps each n-th."""
+    for number, item in enumerate(items):
+        item.user_properties.append(("number", number))
+    i, n = map(int, os.environ["FAULTS_SHARE"].split("/"))
+    items[:] = items[i::n]
+
+
+@pytest.hookimpl(tryfirst=True)  # before its fixtures are made
+def pytest_runtest_setup(item):
+    """The number, which is the order of rows in the table."""
+    os.environ["FAULTS_TEST"] = str(dict(item.user_properties)["number"])
 
 
 def run_tests(config: Config, seed: int) -> dict:
-    """pytest's exit code, how many tests there were, which of them failed, and the rows that they recorded."""
-    with tempfile.NamedTemporaryFile("r") as rows, tempfile.NamedTemporaryFile("r") as report:
-        environment = os.environ | {"FAULTS_SCALE": str(config.scale), "FAULTS_TABLE": rows.name,
-                                    "FAULTS_SEED": str(seed)}
-        command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", config.only, "--junitxml", report.name]
-        start = time.time()
-        code = subprocess.run(command, env=environment).returncode
+    """pytest's exit code, how many tests there were, which failed or were skipped, and the rows that they recorded."""
+    with tempfile.TemporaryDirectory() as directory:
+        start, processes = time.time(), []
+        for i in range(config.jobs):
+            environment = os.environ | {
+                "FAULTS_SCALE": str(config.scale), "FAULTS_SEED": str(seed), "FAULTS_SHARE": f"{i}/{config.jobs}",
+                "FAULTS_TABLE": f"{directory}/{i}.rows", "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.faults.publish", *TESTS, "-k", config.only,
+                       "--junitxml", f"{directory}/{i}.xml", "--basetemp", f"{directory}/{i}"]
+            processes.append(subprocess.Popen(command, env=environment))
+        codes = [process.wait() for process in processes]
         minutes = (time.time() - start) / 60
-        text = report.read()
-        cases = list(ElementTree.fromstring(text).iter("testcase")) if text else []
-        failed = [case.get("name") for case in cases if {"failure", "error"} & {part.tag for part in case}]
-        return {"exit_code": code, "minutes": minutes, "tests": len(cases), "tests_failed": failed,
-                "faults": add_up([json.loads(row) for row in rows])}
+        cases = [case for path in Path(directory).glob("*.xml") for case in ElementTree.parse(path).iter("testcase")]
+        rows = [json.loads(row) for path in Path(directory).glob("*.rows") for row in path.read_text().splitlines()]
+    codes = set(codes) - {0} - ({NO_TESTS} if cases else set())  # one may have none of the few
+    ended = {kind: sorted(case.get("name") for case in cases if kind & {part.tag for part in case})
+             for kind in map(frozenset, ({"failure", "error"}, {"skipped"}))}
+    failed, skipped = ended.values()
+    return {"exit_code": max(codes, default=0), "minutes": minutes, "tests": len(cases), "tests_failed": failed,
+            "tests_skipped": skipped, "faults": add_up(rows)}
+
+
+# -----------------------------------------------------------------------------
+# the time of a save
 
 
 def time_of_a_save() -> dict:
-    """Seconds for a checkpoint of d12 with its optimizer, and for the same bytes written plainly and synced."""
+    """Seconds for a checkpoint of d12 with its optimizer, and for the same bytes in two files, each synced."""
     model = GPT(GPTConfig())
     optimizers = make_optimizers(model, TrainConfig())
     for weight in model.parameters():
@@ -142,35 +183,61 @@ def time_of_a_save() -> dict:
     return times | {"bytes": n_bytes, "ratio": ratio, "most": MOST_TIMES_A_COPY, "holds": ratio <= MOST_TIMES_A_COPY}
 
 
+# -----------------------------------------------------------------------------
+# the page
+
+
+def merge(kept: dict, run: dict, name: str) -> dict:
+    """What was published before with the rows of this run in place of its own; runs that have no row left go."""
+    rows = {row["fault"]: row for row in kept.get("faults", [])}
+    rows |= {row["fault"]: row | {"run": name, "commit": run["commit"]} for row in run["faults"]}
+    save = {**run["save"], "run": name} if run["save"] else kept.get("save")
+    runs = kept.get("runs", {}) | {name: {key: value for key, value in run.items() if key not in ("faults", "save")}}
+    used = {row["run"] for row in rows.values()} | {name} | ({save["run"]} if save else set())
+    return {"runs": {name: runs[name] for name in runs if name in used}, "faults": list(rows.values()), "save": save}
+
+
 def page(found: dict) -> str:
     """What stands between the marks."""
-    save = found["save"]
-    text = (f"`{found['command']}`, FAULTS_SEED={found['seed']}, commit {found['commit'][:7]}, {found['on']}, "
-            f"{found['cores']} cores, {found['minutes']:.0f} minutes.\n\n")
-    if found["exit_code"]:
-        failed = found["tests_failed"]
-        text += (f"**pytest ended with exit code {found['exit_code']}: {len(failed)} of {found['tests']} tests failed. "
-                 f"{', '.join(failed)}**\n\n")
-    holds = "which holds" if save["holds"] else "**which does not hold**"
-    return text + (f"{table(found['faults'])}\n"
-                   f"Saving d12 with its optimizer ({save['bytes'] / 1e9:.2f} GB, sha256, fsync) takes "
-                   f"{save['save']:.1f} s, {save['ratio']:.2f} times as long as the same bytes written and synced "
-                   f"plainly (the best of seven each, in turn); promised are {save['most']} times, {holds}.\n")
+    text, save = "", found["save"]
+    for name, run in found["runs"].items():
+        n = sum(row["run"] == name for row in found["faults"])
+        text += (f"`{run['command']}`, FAULTS_SEED={run['seed']}, commit {run['commit'][:7]}, {run['on']}, "
+                 f"{run['cores']} cores, {run['minutes']:.0f} minutes: {n} rows.\n\n")
+        if run["exit_code"]:
+            failed = run["tests_failed"]
+            text += (f"**pytest ended with exit code {run['exit_code']}: {len(failed)} of {run['tests']} tests failed. "
+                     f"{', '.join(failed)}**\n\n")
+        if skipped := run["tests_skipped"]:
+            text += f"Skipped there: {', '.join(skipped)}.\n\n"
+    text += table(found)
+    if save:
+        holds = "which holds" if save["holds"] else "**which does not hold**"
+        commit = found["runs"][save["run"]]["commit"][:7]
+        text += (f"\nSaving d12 with its optimizer ({save['bytes'] / 1e9:.2f} GB, sha256, fsync) takes "
+                 f"{save['save']:.1f} s, {save['ratio']:.2f} times as long as the same bytes in two files, written and "
+                 f"synced plainly (the best of seven each, in turn; commit {commit}); promised are {save['most']} "
+                 f"times, {holds}.\n")
+    return text
 
 
 def main() -> int:
     config = tyro.cli(Config, description=__doc__.strip())
     seed = random.SystemRandom().randrange(10**6) if config.seed is None else config.seed
     print(f"FAULTS_SEED={seed}", flush=True)
-    found = {"command": shlex.join(["python", "-m", "tests.faults.publish", *sys.argv[1:]]), "seed": seed,
-             "commit": git("rev-parse", "HEAD").decode().strip(), "machine": machine.versions(torch.device("cpu")),
-             "on": machine.describe(torch.device("cpu")), "cores": os.cpu_count(), **run_tests(config, seed),
-             "save": time_of_a_save()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    commit = config.commit or git("rev-parse", "HEAD").decode().strip() or "unknown"
+    run = {"command": shlex.join(["python", "-m", "tests.faults.publish", *sys.argv[1:]]), "seed": seed,
+           "commit": commit, "machine": machine.versions(device),
+           "on": machine.describe(device), "cores": os.cpu_count(), **run_tests(config, seed),
+           "save": None if config.only else time_of_a_save()}
+    kept = read_json(config.docs / "reliability.json") if config.only else {}
+    found = merge(kept if "runs" in kept else {}, run, time.strftime("%Y-%m-%d %H:%M:%S"))
     write_json(config.docs / "reliability.json", found)
     file = config.docs / "RELIABILITY.md"
     before, _, rest = file.read_text().partition(MARKS[0])
     write_text(file, before + MARKS[0] + page(found) + MARKS[1] + rest.partition(MARKS[1])[2])
-    return found["exit_code"] or int(not found["save"]["holds"])
+    return run["exit_code"] or int(bool(run["save"]) and not run["save"]["holds"])
 
 
 if __name__ == "__main__":

@@ -39,15 +39,17 @@ class Fault:
     """
     rank, step: where, step counted from 1. place: "set-up", "forward", "update", "evaluation" or "save" (which only
     rank 0 does); None for none. signals: sent to the ranks in `to`; "hang" waits for ever. slow: seconds that each
-    visit to a place takes, from `step` on. without: "handler" of signals, "watch" for other processes, or "check" for
-    what is not finite. poison: what is not finite from `step` on, by this factor: "loss", "gradient" of one weight,
-    "sum" of it over the processes, or "weight".
+    visit to a place takes, from `step` or `slow_from` on. without: "handler" of signals, "watch" for other processes,
+    "check" for what is not finite, or "order" of the data that is the same for every number of processes. poison: what
+    is not finite from `step` on, by this factor: "loss", "gradient" of one weight, "sum" of it over the processes, or
+    "weight". beside: as on a GPU, saves are written by a thread and the loop is a step ahead of its log.
     """
 
     def __init__(self, note: Path, rank=0, step=1, place=None, signals=(), to=None, slow=(), without=(), poison=None,
-                 factor="nan"):
+                 factor="nan", beside=False, slow_from=None):
         self.poison, self.factor, self.rank = poison, float(factor), rank
         self.note, self.step, self.place, self.signals = note, step, place, list(signals)
+        self.slow_from = step if slow_from is None else slow_from
         self.mine = place and rank == train_gpt2.RANK and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         self.to, self.slow, self.done, self.evaluating = to or [rank], dict(slow), None, False
         if "handler" in without:
@@ -59,6 +61,11 @@ class Fault:
             finite.first_not_finite = lambda tensors: None
             train_gpt2.update = naive_update
             train_gpt2.math = SimpleNamespace(isfinite=lambda value: True, nan=math.nan, log=math.log)
+        if "order" in without:
+            order = train_gpt2.train_order
+            train_gpt2.train_order = lambda n, seed, step, count: order(n, seed + train_gpt2.WORLD_SIZE, step, count)
+        if beside:
+            machine.runs_behind = lambda device: True
         with open(note / f"pid-{train_gpt2.RANK}", "w") as file:
             file.write(str(os.getpid()))
         self.install()
@@ -74,7 +81,7 @@ class Fault:
                     time.sleep(10**6)
                 for rank in self.to:
                     os.kill(int((self.note / f"pid-{rank}").read_text()), getattr(signal, name))
-        time.sleep(self.slow.get(place, 0) if step >= self.step else 0)
+        time.sleep(self.slow.get(place, 0) if step >= self.slow_from else 0)
 
     def poisoned(self, what: str) -> bool:
         step = (self.done or 0) + (what in ("loss", "gradient"))
@@ -147,6 +154,9 @@ def main(options: list[str], note: Path, fault: dict):
 
 def forked(options, note, fault, rank, world_size, port):
     """A process off trial.py's server."""
+    from tests.faults import trial
+
+    trial.save_time()
     descriptor = os.open(note / f"out-{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -10,17 +10,19 @@ import pytest
 
 class Row:
     """
-    Of one fault: trials injected, and of these survived to the last bit, or detected, that is refused with the exit
-    code and the message that are documented. A trial that is neither has failed, also where it ended the test.
+    Of one fault: trials injected, and of these survived to the last bit; or detected, that is refused with the exit
+    code and the message that are documented; or harmless, where what was changed is not read or is as good as before.
+    A trial that is none of these has failed, also where it ended the test.
     """
 
     def __init__(self, fault: str):
-        self.fault, self.injected, self.survived, self.detected = fault, 0, 0, 0
-        self.naive_tried, self.naive_failed, self.skipped, self.longest_s = 0, 0, 0, 0.0
+        self.test = int(os.environ.get("FAULTS_TEST", 0))  # its number, by which rows are put in order
+        self.fault, self.injected, self.survived, self.detected, self.harmless = fault, 0, 0, 0, 0
+        self.naive_tried, self.naive_failed, self.skipped, self.longest_s, self.measure = 0, 0, 0, 0.0, ""
 
     def measured(self, what: str):
-        """Instead of a trial that survived or was detected, where the end is neither: a part of the row's name."""
-        self.fault, self.injected = f"{self.fault}: {what}", self.injected - 1
+        """Instead of a trial that survived or was detected, where the end is neither: stands beside the row's name."""
+        self.measure, self.injected = what, self.injected - 1
 
     def took(self, seconds: float):
         """From a fault to the end of what it was to end."""

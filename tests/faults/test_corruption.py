@@ -246,6 +246,8 @@ def test_no_valid_checkpoint_is_exit_4_and_changes_nothing(stopped, place, kind)
             assert "; step-00000004: " in error and "Traceback" not in place.said()
             assert content(place.path) == before
             counts.detected += 1
+        counts.control(place(control="begin_anew") == 0)  # and writes over what there was
+        assert counts.naive_failed
 
 
 def test_without_its_checkpoints_a_run_says_that_it_starts_again(stopped, whole, place):
@@ -354,6 +356,9 @@ def test_a_run_on_changed_data_is_exit_7_and_writes_nothing(known_data, place, k
             assert error.startswith("error: ") and name in error and "Traceback" not in place.said()
             assert not place.out_dir.exists()
             counts.detected += 1
+        if kind in QUIET:
+            counts.control(place(control="believe_data") == 0)
+            assert counts.naive_failed or kind != "swapped"  # the others may be in the header or make ids too large
 
 
 def test_a_shard_truncated_while_running(known_data, place):

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,15 +18,19 @@ import tiktoken
 import torch
 
 import checkpoint
+import compare
 import data.text
 import data.tokenizer
+import eval
 import finite
+import hellaswag
 import replay
 import sample
+import sweep
 from data.shards import DataError, run_command
 from tests.faults.table import row
 
-SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 8, "save_every": 2}
+SMALL = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 8, "save_every": 2, "val_every": 6}
 
 
 class Call:
@@ -96,9 +101,11 @@ def drop(request, tmp_path):
         assert ran(), "this payload does nothing"
         counts.injected += 1
 
-    def did_not_run() -> bool:
-        counts.detected = 0 if ran() else counts.injected
-        return counts.detected > 0
+    def did_not_run(refused=True) -> bool:
+        """refused: else nothing reads these files, or they are no reason to stop."""
+        found = 0 if ran() else counts.injected
+        counts.detected, counts.harmless = (found, 0) if refused else (0, found)
+        return found > 0
 
     drop.did_not_run = did_not_run
     with row(f"pickle, in any file that is read: {request.param}") as counts:
@@ -126,13 +133,14 @@ def stopped(tmp_path_factory):
 
 
 CHECKPOINT = "runs/run/step-00000006"
-HARMLESS = [*(f"{CHECKPOINT}/{name}" for name in ("model.pt", "optim.bin", "pytorch_model.bin", "data.pkl")),
-            *(f"runs/run/{name}" for name in ("status.json", "metrics.jsonl", "source.diff", ".lock")),
-            "runs/finished/config.json", "data/verified.json", "data/.lock"]
+IGNORED = [*(f"{CHECKPOINT}/{name}" for name in ("model.pt", "optim.bin", "pytorch_model.bin", "data.pkl")),
+           *(f"runs/run/{name}" for name in ("status.json", "metrics.jsonl", "source.diff", ".lock")),
+           "runs/finished/config.json", "data/verified.json", "data/.lock"]
 PLACES = {name: [f"{CHECKPOINT}/{name}"] for name in (*checkpoint.FILES, "manifest.json")}
 PLACES |= {f"{name}, with a manifest that fits": PLACES[name] for name in checkpoint.FILES}
 PLACES |= {f"data/{name}": [f"data/{name}"] for name in ("manifest.json", "train_000000.bin", "val_000000.bin")}
-PLACES["what is no reason to stop"] = HARMLESS
+HARMLESS = "what is no reason to stop"
+PLACES[HARMLESS] = IGNORED
 
 
 def dropped(stopped, tmp_path, drop, names, fits):
@@ -154,14 +162,15 @@ def test_in_runs_and_data(stopped, tmp_path, drop, capfd, place):
     """Sampling, a new run from these weights, training that goes on, and one that is finished."""
     runs, path = dropped(stopped, tmp_path, drop, PLACES[place], fits="fits" in place)
     codes = []
-    if "step-" in path.parent.name or place == "what is no reason to stop":
-        codes.append(small.call(sample.main, ["--run", str(runs.path), "--prompt", "!", "--max_new_tokens", "2"]))
+    if "step-" in path.parent.name or place == HARMLESS:
+        codes.append(small.call(sample.main, ["--run", str(runs.path), "--device", "cpu", "--prompt", "!",
+                                               "--max_new_tokens", "2"]))
         codes.append(runs(**SMALL, stop_after=1, init_from=runs.path, run_name="from_it"))
     codes.append(runs(**SMALL, stop_after=7))
-    if place == "what is no reason to stop":
+    if place == HARMLESS:
         codes.append(runs(**SMALL | {"save_every": 0}, run_name="finished"))
     err = capfd.readouterr().err
-    assert drop.did_not_run() and "Traceback" not in err, err[-2000:]
+    assert drop.did_not_run(refused=place != HARMLESS) and "Traceback" not in err, err[-2000:]
     expected = [7] if len(codes) == 1 else [0, 0, 0, 2] if len(codes) == 4 else [0, 0, 0]  # by the older checkpoint
     assert codes == expected, err[-2000:]
 
@@ -181,8 +190,29 @@ def test_in_what_is_replayed(stopped, tmp_path, drop, capfd, monkeypatch, place)
     monkeypatch.chdir(runs.directory)  # where its data are
     code = small.call(replay.main, ["--run", "not_finite", "--out_dir", str(runs.out_dir), "--device", "cpu"])
     err = capfd.readouterr().err
-    assert drop.did_not_run() and "Traceback" not in err, err[-2000:]
+    assert drop.did_not_run(refused=expected > 0) and "Traceback" not in err, err[-2000:]
     assert code == expected and (code == 0 or err.startswith("error: ")), err[-2000:]
+
+
+NO_SIGNAL = SimpleNamespace(received=None)
+ELSEWHERE = {  # (files, what reads them, exit code)
+    "eval.json": (["eval.json"], lambda run: small.call(eval.main, ["--run", str(run), "--device", "cpu"]), 0),
+    "hellaswag": (["examples"], lambda run: run_command(lambda: hellaswag.read(run / "examples")), 7),
+    "a run to compare": (["config.json"], lambda run: small.call(compare.main, [str(run)]), 2),
+    "a run to compare, other files": (["config-00000006.json", "status.json", "source.diff"],
+                                      lambda run: small.call(compare.main, [str(run)]), 0),
+    "index.json": (["index.json"], lambda run: run_command(lambda: sweep.sweep([], {}, [{}], run, NO_SIGNAL) and 0), 0),
+}
+
+
+@pytest.mark.parametrize("place", ELSEWHERE)
+def test_in_what_other_commands_read(stopped, tmp_path, drop, capfd, place):
+    names, read, expected = ELSEWHERE[place]
+    runs, _ = dropped(stopped, tmp_path, drop, [f"runs/run/{name}" for name in names], fits=False)
+    code = read(runs.path)
+    err = capfd.readouterr().err
+    assert drop.did_not_run(refused=expected > 0) and "Traceback" not in err, err[-2000:]
+    assert code == expected, err[-2000:]
 
 
 @pytest.mark.parametrize("name", ["text.txt", "text.jsonl", "text.jsonl.gz", "text.txt.xz", "text.jsonl.zst"])
@@ -190,7 +220,7 @@ def test_in_text(tmp_path, drop, capfd, name):
     drop(path := tmp_path / "corpus" / name)
     (tmp_path / "val.txt").write_text("To be, or not to be")
     code = run_command(lambda: data.text.main("mine", (str(path),), (str(tmp_path / "val.txt"),), out=tmp_path))
-    assert drop.did_not_run() and "Traceback" not in capfd.readouterr().err
+    assert drop.did_not_run(refused=code > 0) and "Traceback" not in capfd.readouterr().err
     assert code in (0, 7) and (code == 7 or name == "text.txt")  # protocol 0 is text
 
 
@@ -219,26 +249,44 @@ def test_in_the_tokenizers_cache(tmp_path, drop, monkeypatch):
 
 MODULES = {"pickle", "_pickle", "cPickle", "pickletools", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml",
            "jsonpickle", "pandas"}
-LOADERS = {("np", "load"), ("numpy", "load"), *(("torch", name) for name in ("load", "jit", "hub", "package"))}
+LOADERS = {"numpy.load", "torch.load", "torch.serialization", "torch.jit", "torch.hub", "torch.package"}
+OBJECTS = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list",
+           "recv_object_list"}  # what torch.distributed pickles between processes
 NAMES = {"eval", "exec", "__import__"}
 KEYWORDS = {"allow_pickle", "weights_only"}
 
 
+def dotted(node, modules: dict[str, str]) -> str:
+    """`a.b.c` of nested attributes, with the module's own name for `a`; "" if it begins with something else."""
+    if isinstance(node, ast.Attribute):
+        inner = dotted(node.value, modules)
+        return inner and f"{inner}.{node.attr}"
+    return modules.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+
 def unpickling(source: str) -> list[str]:
-    """What in a Python source could run code out of a file."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    """What in a Python source could run code out of a file, or out of another process."""
+    tree, used, found, modules = list(ast.walk(ast.parse(source))), [], [], {"np": "numpy", "dist": "torch.distributed"}
+    for node in tree:
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
+            used += [alias.name for alias in node.names]
+            modules |= {alias.asname: alias.name for alias in node.names if alias.asname}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [node.module] * (node.module.split(".")[0] in MODULES)
-            found += [alias.name for alias in node.names if (node.module, alias.name) in LOADERS]
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            found += [node.attr] * ((node.value.id, node.attr) in LOADERS)
+            used += [f"{node.module}.{alias.name}" for alias in node.names]
+            modules |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    for node in tree:
+        if isinstance(node, ast.Attribute):
+            used.append(dotted(node, modules))
         elif isinstance(node, ast.Name):
             found += [node.id] * (node.id in NAMES)
         elif isinstance(node, ast.keyword):
             found += [node.arg] * (node.arg in KEYWORDS)
+        elif isinstance(node, ast.Constant):  # of importlib.import_module
+            found += [node.value] * (isinstance(node.value, str) and node.value in MODULES)
+    for name in used:
+        parts = name.split(".")
+        if parts[0] in MODULES or ".".join(parts[:2]) in LOADERS or parts[-1] in OBJECTS:
+            found.append(name)
     return found
 
 
@@ -254,6 +302,13 @@ def test_the_source_unpickles_nothing(path):
     "import pickle", "import os, pickle as p", "from pickle import load", "import torch\ntorch.load('x')",
     "from torch import load", "np.load(x)", "read(x, allow_pickle=True)", "import shelve", "import yaml",
     "import joblib", "import marshal", "def f():\n    import dill", "eval(x)", "torch.jit.load(x)",
-    "read(x, weights_only=True)"])
+    "read(x, weights_only=True)", "import torch\ntorch.serialization.load(x)", "import torch as t\nt.load(x)",
+    "from torch.serialization import load", "from torch import serialization as s\ns.load(x)",
+    "import torch.distributed as dist\ndist.all_gather_object(x, y)", "dist.broadcast_object_list(x)",
+    "import importlib\nimportlib.import_module('pickle')", "import numpy as n\nn.load(x)"])
 def test_what_unpickles_is_seen(source):
     assert unpickling(source)
+
+
+def test_what_unpickles_nothing_is_not():
+    assert not unpickling("import torch, json\njson.load(x)\nload_file(x)\ntorch.loads\nx.load()\ny = 'a pickle'")

@@ -127,14 +127,33 @@ def test_sigterm_where_everything_is_slow(place, wholes, where):
         counts.survived += 1
 
 
+BESIDE = ", saves written by a thread as on a GPU"
+
+
+@pytest.mark.parametrize("to", ["rank 0", pytest.param("rank 1", marks=LONG)])
+def test_sigterm_where_a_save_is_in_hand(place, wholes, to):
+    """Step 4 is being written, which takes 1 s, when the signal comes in step 5; it ends with one of them."""
+    changes = {"save_every": 4}
+    with row(f"SIGTERM to one of 2 processes with a save in hand{BESIDE}") as counts:
+        counts.injected += 1
+        ranks = place.start(2, place="forward", step=5, rank=TO[to][0], signals=["SIGTERM"], slow={"save": 0.5},
+                            slow_from=1, beside=True, changes=changes)
+        since = ranks.injected()
+        assert steps(place.path) == []
+        counts.took(place.check_gone(ranks, since, 2 * 2 * 0.5 + MARGIN_S + 1.0))  # the save in hand, and one more
+        place.check_stopped(ranks, 2, 4)
+        place.finish(2, wholes[2].path, **changes)
+        counts.survived += 1
+
+
 @pytest.mark.parametrize("i", range(8 * SCALE))
 def test_sigterm_at_random_instants(place, wholes, i):
-    generator = random.Random(f"{SEED} {i}")
+    generator, beside = random.Random(f"{SEED} {i}"), i % 4 == 3
     print(f"FAULTS_SEED={SEED}")
-    ranks = place.start(2, slow={"forward": 0.01, "save": 0.02, "evaluation": 0.02})
+    ranks = place.start(2, slow={"forward": 0.01, "save": 0.02, "evaluation": 0.02}, beside=beside)
     ranks.wait_until(lambda: len(list(ranks.note.glob("windows-*"))) == 2)
     time.sleep(generator.uniform(0, 1))
-    with row("SIGTERM to one or all of 2 processes at a random instant") as counts:
+    with row("SIGTERM to one or all of 2 processes at a random instant" + BESIDE * beside) as counts:
         counts.injected += 1
         since, to = time.time(), generator.choice([[0], [1], [0, 1]])
         ranks.signal("SIGTERM", to)
@@ -147,12 +166,23 @@ def test_sigterm_at_random_instants(place, wholes, i):
         counts.survived += 1
 
 
-def test_sigterm_without_the_handler_saves_nothing(place):
-    """The control."""
-    with row("SIGTERM to one or all of 2 processes in forward") as counts:
-        ranks = place.start(2, place="forward", step=2, rank=0, to=[0, 1], signals=["SIGTERM"], without=["handler"])
-        counts.control(STOPPED not in ranks.wait())
-        assert counts.naive_failed and not steps(place.path) and not (place.path / "status.json").exists()
+@pytest.mark.parametrize(("where", "step", "fault"), [
+    ("set-up", 1, "SIGTERM to one or all of 2 processes in set-up"),
+    ("forward", 2, "SIGTERM to one or all of 2 processes in forward"),
+    ("update", 3, "SIGTERM to one or all of 2 processes in update"),
+    ("evaluation", 3, "SIGTERM to one or all of 2 processes in evaluation"),
+    ("save", 4, "SIGTERM to one or all of 2 processes in save"),
+    pytest.param("forward", 3, "SIGTERM where steps take 1 s, saves 2 s, evaluations 6 s", marks=LONG),
+    pytest.param("forward", 5, f"SIGTERM to one of 2 processes with a save in hand{BESIDE}", marks=LONG),
+    pytest.param("update", 4, "SIGTERM to one or all of 2 processes at a random instant", marks=LONG),
+    pytest.param("update", 5, f"SIGTERM to one or all of 2 processes at a random instant{BESIDE}", marks=LONG)])
+def test_sigterm_without_the_handler_saves_nothing(place, where, step, fault):
+    """The control: neither the step in hand nor why it ended."""
+    with row(fault) as counts:
+        ranks = place.start(2, place=where, step=step, rank=0, to=[0, 1], signals=["SIGTERM"], without=["handler"],
+                            beside=BESIDE in fault)
+        counts.control(STOPPED not in ranks.wait() and not (place.path / "status.json").exists())
+        assert counts.naive_failed and (steps(place.path) or [0])[-1] < step
 
 
 # -----------------------------------------------------------------------------
@@ -234,19 +264,36 @@ def test_max_restarts(place, wholes, signal, rank, where, step):
         counts.survived += 1
 
 
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGTERM"])
+@pytest.mark.skipif(SCALE == 1, reason="FAULTS_SCALE is 1")
+def test_without_restarts_it_is_not_finished(place, signal):
+    """The control."""
+    with row(f"{signal} to one of 2 processes under torchrun --max-restarts 1: all start again") as counts:
+        ranks = place.start(2, ["--max-restarts", "0"], rank=1, place="forward", step=5, signals=[signal])
+        counts.control(ranks.wait(90) != [0] and status(place.path)["reason"] != "finished")
+        assert counts.naive_failed
+
+
 # -----------------------------------------------------------------------------
 # a process that hangs
 
 HANG_S = 6.0
-HANGS = {"forward": (1, 3, "hang"), "evaluation": (2, 3, "SIGSTOP"), "save": (0, 4, "hang")}
+HANGS = {"set-up": (1, 1, "hang"), "forward": (1, 3, "hang"), "update": (2, 3, "hang"),
+         "evaluation": (2, 3, "SIGSTOP"), "save": (0, 4, "hang")}
 
 
 def test_hang(tmp_path, wholes):
-    """Named by the others, and all ended within the time that is stated; a process that is stopped cannot end."""
+    """
+    Named by the others, and all ended within the time that is stated; a process that is stopped cannot end. The
+    control, with torch's usual time for it, goes on hanging.
+    """
     places = {where: Place(tmp_path / where, wholes[3].runs.data) for where in HANGS}
     trials = {where: places[where].start(3, place=where, rank=rank, step=step, signals=[fault],
                                          changes={"hang_timeout_s": HANG_S})
               for where, (rank, step, fault) in HANGS.items()}
+    controls = {where: Place(tmp_path / f"control {where}", wholes[3].runs.data).start(
+                    3, place=where, rank=rank, step=step, signals=[fault], changes={"hang_timeout_s": 600.0})
+                for where, (rank, step, fault) in HANGS.items() if SCALE > 1 or where == "forward"}
     try:
         for where, (hung, _, fault) in HANGS.items():
             ranks = trials[where]
@@ -259,11 +306,17 @@ def test_hang(tmp_path, wholes):
                 assert f"error: process {hung} hangs" in ranks.said(), ranks.said()[-3000:]
                 assert all(one.exitcode == LOST for one in processes)
                 counts.detected += 1
+                if where in controls:
+                    end = controls[where].injected() + HANG_S + 2.0
+                    for process in controls[where].processes:
+                        process.join(max(0.0, end - time.time()))
+                    counts.control(all(process.is_alive() for process in controls[where].processes))
+                    assert counts.naive_failed
             ranks.end()
         for place in places.values():  # now, so that nothing waits for it
             place.finish(3, wholes[3].path)
     finally:
-        for ranks in trials.values():
+        for ranks in *trials.values(), *controls.values():
             ranks.end()
 
 
@@ -307,14 +360,19 @@ def test_sigkill_of_torchrun(place, wholes):
 
 @pytest.mark.parametrize("n_processes", [2, pytest.param(1, marks=LONG)])
 def test_sigkill_of_torchrun_before_its_processes_have_begun(place, n_processes):
-    """They import torch then, for seconds; the limit is for that."""
-    ranks = place.start(n_processes, ["--max-restarts", "0"], slow={"forward": 2.0})
-    children = Path(f"/proc/{ranks.launcher.pid}/task/{ranks.launcher.pid}/children")
-    ranks.wait_until(lambda: len(children.read_text().split()) == n_processes)
-    pids = [int(pid) for pid in children.read_text().split()]
-    ranks.launcher.kill()
-    ranks.wait_until(lambda: not any(map(alive, pids)), 20)
-    assert not place.path.exists()
+    """They import torch then, for seconds, and look for torchrun after that; the limit is for both."""
+    with row("SIGKILL of torchrun while its processes import torch, 20 s allowed") as counts:
+        counts.injected += 1
+        ranks = place.start(n_processes, ["--max-restarts", "0"], slow={"forward": 2.0})
+        children = Path(f"/proc/{ranks.launcher.pid}/task/{ranks.launcher.pid}/children")
+        ranks.wait_until(lambda: len(children.read_text().split()) == n_processes)
+        pids = [int(pid) for pid in children.read_text().split()]
+        ranks.launcher.kill()
+        since = time.time()
+        ranks.wait_until(lambda: not any(map(alive, pids)), 20)
+        counts.took(time.time() - since)
+        assert not place.path.exists()
+        counts.detected += 1
 
 
 @pytest.mark.skipif(SCALE == 1, reason="FAULTS_SCALE is 1")
@@ -340,6 +398,22 @@ def difference(actual: Path, expected: Path) -> float:
     return max(((x[name] - y[name]).norm() / y[name].norm()).item() for name in x if "/" not in name)
 
 
+def in_turn(sizes, batch_size) -> str:
+    return f"{', '.join(map(str, sizes))} processes in turn, sums of {4 // batch_size} terms"
+
+
+def windows_in_turn(place, sizes, changes, **fault) -> list[list[int]]:
+    """Of each of 8 steps, in the order of the sequences: the run goes on with these numbers of processes in turn."""
+    found, ends = [], [2, 5, 8] if len(sizes) == 3 else [3, 8]
+    for world_size, start, end in zip(sizes, [0, *ends], ends, strict=False):
+        ranks = place.start(world_size, changes=changes | {"stop_after": end}, **fault)
+        assert ranks.wait() == [0] * world_size, ranks.said()[-3000:]
+        accumulation, read = 4 // (world_size * changes["batch_size"]), ranks.windows()
+        found += [[window for micro_step in range(accumulation) for rank in range(world_size)
+                   for window in read[rank][(step - start) * accumulation + micro_step]] for step in range(start, end)]
+    return found
+
+
 @pytest.mark.parametrize(("sizes", "batch_size"), [
     ((1, 2, 1), 2), ((2, 1), 2), ((1, 2, 1), 1), ((2, 1), 1), ((1, 4, 2), 1)])
 def test_number_of_processes_changes(place, wholes, sizes, batch_size):
@@ -348,19 +422,10 @@ def test_number_of_processes_changes(place, wholes, sizes, batch_size):
     four is (a + b) + (c + d) or ((a + b) + c) + d: what that changes is measured.
     """
     changes = {"batch_size": batch_size, "total_batch_tokens": 4 * T, "val_tokens": 2 * batch_size * T}
-    start, ends = 0, [2, 5, 8] if len(sizes) == 3 else [3, 8]
-    n_windows = (1200 - 1) // T
-    with row(f"{', '.join(map(str, sizes))} processes in turn, sums of {4 // batch_size} terms") as counts:
+    expected = [train_order((1200 - 1) // T, 0, step, 4).tolist() for step in range(8)]
+    with row(in_turn(sizes, batch_size)) as counts:
         counts.injected += 1
-        for world_size, end in zip(sizes, ends, strict=True):
-            ranks = place.start(world_size, changes=changes | {"stop_after": end})
-            assert ranks.wait() == [0] * world_size, ranks.said()[-3000:]
-            accumulation = 4 // (world_size * batch_size)
-            for step in range(start, end):
-                read = [ranks.windows()[rank][(step - start) * accumulation + micro_step]
-                        for micro_step in range(accumulation) for rank in range(world_size)]
-                assert list(itertools.chain(*read)) == train_order(n_windows, 0, step, 4).tolist()
-            start = end
+        assert windows_in_turn(place, sizes, changes) == expected
         whole = Place(place.runs.directory / "whole", place.runs.data)
         assert whole.start(1, changes=changes).wait() == [0]
         relative = difference(place.path, whole.path)
@@ -370,3 +435,6 @@ def test_number_of_processes_changes(place, wholes, sizes, batch_size):
             counts.survived += 1
         else:
             counts.measured(f"the same batches, weights that differ by {relative:.0e} of their norm")
+        naive = Place(place.runs.directory / "naive", place.runs.data)
+        counts.control(windows_in_turn(naive, sizes, changes, without=["order"]) != expected)
+        assert counts.naive_failed

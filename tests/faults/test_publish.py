@@ -1,6 +1,7 @@
 """The table of docs/RELIABILITY.md: rows added up, the bound, what the page says of failures; the digest of results."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import small
@@ -19,7 +20,7 @@ def recorded(tmp_path, monkeypatch):
 
 
 def cells(one: dict) -> list[str]:
-    return publish.line(one).strip("|\n ").split(" | ")
+    return publish.line(one, "abcdefgh").strip("|\n ").split(" | ")
 
 
 def test_what_tests_record_adds_up(recorded):
@@ -73,13 +74,63 @@ def test_bound(n_failed, n, expected):
     assert publish.upper_bound(n_failed, n) == pytest.approx(expected, rel=1e-3)
 
 
+RUN = {"command": "x", "seed": 123456, "commit": "abcdefgh", "on": "a machine", "cores": 2, "minutes": 3.0,
+       "exit_code": 0, "tests": 9, "tests_failed": [], "tests_skipped": [], "save": None}
+
+
+def test_rows_measured_anew_take_the_place_of_the_old(recorded):
+    """Each with its own commit; a run of which nothing is left is not named."""
+    for fault in "ab":
+        with row(fault) as counts:
+            counts.injected += 1
+            counts.survived += 1
+    rows = publish.add_up(recorded())
+    first = publish.merge({}, RUN | {"faults": rows, "save": {"ratio": 1.0}}, "first")
+    second = publish.merge(first, RUN | {"commit": "12345678", "faults": rows[1:]}, "second")
+    assert [(one["fault"], one["commit"], one["run"]) for one in second["faults"]] == [
+        ("a", "abcdefgh", "first"), ("b", "12345678", "second")]
+    assert list(second["runs"]) == ["first", "second"] and second["save"]["run"] == "first"
+    assert publish.table(second).splitlines()[-1].endswith("| 1234567 |")
+    third = publish.merge(second, RUN | {"faults": rows}, "third")
+    assert list(third["runs"]) == ["first", "third"]  # the time of a save is of the first
+    assert list(publish.merge({}, RUN | {"faults": rows}, "alone")["runs"]) == ["alone"]
+
+
+def test_rows_are_in_the_order_of_the_tests(recorded, monkeypatch):
+    for number in 2, 10, 1:
+        monkeypatch.setenv("FAULTS_TEST", str(number))
+        with row(f"of test {number}"):
+            pass
+    assert [one["fault"] for one in publish.add_up(recorded())] == ["of test 1", "of test 2", "of test 10"]
+
+
+def test_processes_share_the_tests(monkeypatch):
+    """Each test is in one of them, with the number that it has in all."""
+    seen = []
+    for i in range(3):
+        items = [SimpleNamespace(name=name, user_properties=[]) for name in "abcdefg"]
+        monkeypatch.setenv("FAULTS_SHARE", f"{i}/3")
+        publish.pytest_collection_modifyitems(items)
+        seen += [(dict(item.user_properties)["number"], item.name) for item in items]
+    assert sorted(seen) == list(enumerate("abcdefg"))
+
+
+def test_what_is_harmless_has_not_failed(recorded):
+    with row("a") as counts:
+        counts.injected += 3
+        counts.detected += 1
+        counts.harmless += 2
+    (a,) = publish.add_up(recorded())
+    assert a["failed"] == 0 and cells(a)[1:4] == ["3, 2 harmless", "0", "1"]
+
+
 @pytest.mark.parametrize("bad", [False, True])
 def test_the_page_says_what_failed(bad):
     save = {"save": 2.0, "ratio": 1.4 if bad else 1.2, "most": 1.3, "holds": not bad, "bytes": 10**9}
-    text = publish.page({"command": "x", "seed": 123456, "commit": "abcdefgh", "on": "a machine", "cores": 2,
-                         "minutes": 3.0, "exit_code": int(bad), "tests": 9, "tests_failed": ["test_it"] * bad,
-                         "faults": [], "save": save})
-    assert "FAULTS_SEED=123456" in text
+    run = RUN | {"faults": [], "exit_code": int(bad), "tests_failed": ["test_it"] * bad, "save": save,
+                 "tests_skipped": ["test_gpu"]}
+    text = publish.page(publish.merge({}, run, "today"))
+    assert "FAULTS_SEED=123456" in text and "Skipped there: test_gpu." in text and "commit abcdefg," in text
     assert ("**pytest ended with exit code 1: 1 of 9 tests failed. test_it**" in text) == bad
     assert ("**which does not hold**" in text) == bad
 

@@ -150,19 +150,30 @@ def test_the_real_command_where_files_cannot_grow(whole, tmp_path):  # noqa: F81
 
 
 def assert_refused(place, where, unprivileged=False):
-    """With exit code 5 and one line, before a model is described, let alone built, or data, which are missing, read."""
+    """
+    With exit code 5 and one line, before a model is described, let alone built, or data, which are missing, read; at
+    length in the time that is promised, once in three times, since a machine has more to do.
+    """
+    options, times = place.runs.options(out_dir=where, data=place.runs.directory / "missing"), []
     with row("a place that cannot be written to") as counts:
-        counts.injected += 1
-        options = place.runs.options(out_dir=where, data=place.runs.directory / "missing")
-        command, begun = [sys.executable, str(small.ROOT / "train_gpt2.py"), *options], time.time()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   preexec_fn=give_up_rights if unprivileged else None,
-                                   env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
-        said, errors = process.communicate()
-        counts.took(time.time() - begun)
-        assert process.returncode == 5 and errors.startswith("error: ") and errors.count("\n") == 1, errors
-        assert str(where) in errors and "parameters" not in said
-        counts.detected += 1
+        for _ in range(1 if trial.SCALE == 1 else 3):
+            counts.injected += 1
+            begun = time.time()
+            process = subprocess.Popen([sys.executable, str(small.ROOT / "train_gpt2.py"), *options], text=True,
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       preexec_fn=give_up_rights if unprivileged else None,
+                                       env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+            said, errors = process.communicate()
+            times.append(time.time() - begun)
+            assert process.returncode == 5 and errors.startswith("error: ") and errors.count("\n") == 1, errors
+            assert str(where) in errors and "parameters" not in said
+            counts.detected += 1
+        counts.took(min(times))
+        assert trial.SCALE == 1 or min(times) < 3.0
+        if not unprivileged:  # which a trial is not
+            code = trial.run(options, place.out, control=True)
+            counts.control(code != 5 or "parameters" in place.out.read_text())
+            assert counts.naive_failed
 
 
 def give_up_rights():

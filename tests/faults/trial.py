@@ -20,10 +20,13 @@ import tqdm
 torch.set_num_threads(1)  # before the server forks: a pool of threads does not survive it
 tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
 
+import machine  # noqa: E402
+import rundir  # noqa: E402
 import train_gpt2  # noqa: E402
-from tests.faults import naive, shim  # noqa: E402
+from tests.faults import naive, ranks, shim  # noqa: E402
 
 train_gpt2.parse_options(["--device", "cpu"])  # fills tyro's caches, a third of a trial
+ENVIRONMENT, SOURCE = machine.environment(torch.device("cpu")), rundir.source_diff()
 
 SCALE = int(os.environ.get("FAULTS_SCALE", 1))  # how many times as many random faults
 SECONDS = 60 if SCALE == 1 else 600  # a trial that hangs is a failed one
@@ -32,10 +35,17 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload([__name__])
 
 
-def main(options: list[str], out: Path, fault: str, arguments: tuple, control: bool):
+def save_time():
+    """In a child: what is half of a trial and changes no file of the run: packages' versions, git, torch's profiler."""
+    machine.environment = lambda device: ENVIRONMENT
+    machine.attention_kernels = lambda rehearse, device: rehearse() or "not looked at"
+    rundir.source_diff = lambda: SOURCE
+
+
+def main(options: list[str], out: Path, fault: str, arguments: tuple, control: str | bool, also: dict):
     """
     In the child: train_gpt2.py with these options, stdout and stderr into `out`, under one of shim's faults. control:
-    with naive.py in place of checkpoint.py, to see that the fault is one.
+    with this function of naive.py, True for `install`, to see that the fault is one. also: a fault of ranks.py.
     """
     out.with_suffix(".operations").unlink(missing_ok=True)
     descriptor = os.open(out, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
@@ -43,11 +53,14 @@ def main(options: list[str], out: Path, fault: str, arguments: tuple, control: b
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     signal.alarm(SECONDS)
+    save_time()
     if control:
-        naive.install()
+        getattr(naive, "install" if control is True else control)()
     chosen = getattr(shim, fault)
     temporary = out.with_suffix(".temporary")
     temporary.mkdir(exist_ok=True)
+    if also:
+        ranks.Fault(temporary, **also)
     tempfile.tempdir = str(temporary)
     shim.Shim(out.with_suffix(".operations"), chosen(*arguments) if arguments else chosen, temporary)
     try:
@@ -59,16 +72,16 @@ def main(options: list[str], out: Path, fault: str, arguments: tuple, control: b
     os._exit(code)
 
 
-def start(options: list[str], out: Path, fault="none", arguments=(), control=False):
+def start(options: list[str], out: Path, fault="none", arguments=(), control=False, **also):
     """The process, started."""
-    process = server.Process(target=main, args=(options, out, fault, arguments, control))
+    process = server.Process(target=main, args=(options, out, fault, arguments, control, also))
     process.start()
     return process
 
 
-def run(options: list[str], out: Path, fault="none", arguments=(), control=False) -> int:
+def run(options: list[str], out: Path, fault="none", arguments=(), control=False, **also) -> int:
     """Its exit code, or less than 0 for the signal that ended it."""
-    process = start(options, out, fault, arguments, control)
+    process = start(options, out, fault, arguments, control, **also)
     process.join()
     return process.exitcode
 
