@@ -176,8 +176,8 @@ def environment(device: torch.device) -> dict:
     """
     driver, processor, here = Path("/proc/driver/nvidia/version"), Path("/proc/cpuinfo"), Path(__file__).parent
     pinned = re.findall(r"^([\w.-]+)==", read_text(here / "requirements.txt"), re.MULTILINE)
-    installed = {found.name: found.version for found in importlib.metadata.distributions()
-                 if found.name.replace("-", "_") in pinned}
+    versions = {found.name.replace("-", "_"): found.version for found in importlib.metadata.distributions()}
+    installed = {name: version for name, version in versions.items() if name in pinned}
     beside = os.environ.get(RUNS_BESIDE)
     return {"gpus": torch.cuda.device_count() if device.type == "cuda" else 0,
             "driver": first(DRIVER, read_text(driver)) if device.type == "cuda" else None,

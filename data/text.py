@@ -83,7 +83,8 @@ def parse_line(where: str, line: bytes, field: str) -> str:
     if not isinstance(document, dict):
         raise DataError(f"{where}: a JSON {type(document).__name__}, expected an object with the field {field!r}")
     if field not in document:
-        raise DataError(f"{where}: no field {field!r}, only {', '.join(map(repr, document))}; name the right one with --field")
+        fields = ", ".join(map(repr, document))
+        raise DataError(f"{where}: no field {field!r}, only {fields}; name the right one with --field")
     if not isinstance(document[field], str):
         raise DataError(f"{where}: field {field!r} is not text: {document[field]!r:.40}")
     return document[field]
