@@ -311,7 +311,7 @@ def keep(x, seen):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which torch for CUDA brings")
 def test_kernel_in_the_interpreter():
     """In a process of its own: Triton asks for the interpreter once."""
-    code = ("import torch, fused; from tests.test_fused import *\n"
+    code = ("import torch; from kernels import fused; from tests.test_fused import *\n"
             "fused.CHUNK_TOKENS, fused.matmul = 7, matmul_in_torch\n"
             "for dtype in torch.float32, torch.bfloat16:\n"
             "    fused.DTYPE = dtype\n"
