@@ -263,6 +263,11 @@ class Block(nn.Module):
         x = x + self.post(self.attn(self.pre(x), cos, sin, cache))
         return x + self.post(self.mlp(self.pre(x)))
 
+    def kind(self):
+        """Equal for blocks that one compiled form serves: their parts have the same classes and constants."""
+        return tuple((type(part), *((name, value) for name, value in vars(part).items()
+                                    if isinstance(value, int | float | str | None))) for part in self.modules())
+
 
 # -----------------------------------------------------------------------------
 # the model
@@ -329,9 +334,9 @@ class GPT(nn.Module):
         """
         self.embed, self.norm, self.output = (
             compile_static(part, **options) for part in (self.embed, self.norm, self.output))
-        forward = functools.cache(lambda window: compile_static(Block.forward, **options))
-        for layer, block in enumerate(self.transformer.h):
-            block.forward = functools.partial(forward(self.config.layer_window(layer)), block)
+        forward = functools.cache(lambda kind: compile_static(Block.forward, **options))
+        for block in self.transformer.h:
+            block.forward = functools.partial(forward(block.kind()), block)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Of the residual stream and the products; autocast alone would keep the stream in float32."""

@@ -6,6 +6,7 @@ Most tests run once per distinct set of flags in VARIANTS: a new variant is test
 import math
 import shutil
 from dataclasses import asdict, fields, replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -289,6 +290,29 @@ def test_compile_equals_eager():
     gpt.compile()
     compiled_loss, compiled_gradients = loss_and_gradients(gpt, idx, targets)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5, "embedding, a block of each kind, norm, output"
+    assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert_close(compiled_gradients, gradients, 1e-5)
+
+
+def test_blocks_that_differ_are_compiled_apart(monkeypatch, fresh_compiler):
+    """An edit may give each layer a number of its own; two of the three here are alike."""
+    class Scaled(model_file.CausalSelfAttention):
+        def __init__(self, config, scale):
+            super().__init__(config)
+            self.scale = scale
+
+        def attend(self, q, k, v):
+            return self.scale * super().attend(q, k, v)
+
+    choose = lambda config, layer: partial(Scaled, scale=1 + (layer + 1) // 2)  # noqa: E731
+    monkeypatch.setattr(model_file, "attention_class", choose)
+    idx, targets = tokens(2, 23)
+    gpt = make(replace(variant("tiny"), n_layer=3, vocab_size=512), scale=4)
+    loss, gradients = loss_and_gradients(gpt, idx, targets)
+    torch._dynamo.utils.counters.clear()
+    gpt.compile(backend="aot_eager")
+    compiled_loss, compiled_gradients = loss_and_gradients(gpt, idx, targets)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5, "embedding, two blocks, norm, output"
     assert compiled_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert_close(compiled_gradients, gradients, 1e-5)
 
