@@ -3,19 +3,24 @@ How fast a training step is, where its time goes, and what it would take at leas
 
     python bench.py --model d12_qk_norm --batch_size 64 --sequence_length 1024
     python bench.py --model d12_qk_norm --compare "--model d12"
+    python bench.py --model d12_qk_norm --against ../nanoGPT/model.py
+    torchrun --standalone --nproc_per_node 4 -- bench.py --model d12_qk_norm
     python bench.py --verify
 
 A step is that of train_gpt2.py with one micro-batch of random tokens in one process: forward and backward, clipping,
 optimizer. Its time is the median on the host's clock after a warm-up, "peak" what torch has allocated at most.
 The table has, for each kind of kernel (costs/kernel_kinds.py), its time in a few more steps under torch's profiler, and
 its floor (costs/floor.py). --compare takes a second setting, the first one with these options changed, and runs both in
-turn, A B A B. --verify is kernels/verify.py.
+turn, A B A B; --against does so with the model of another file, torchrun with DistributedDataParallel, beside the same
+GPUs each for itself (but for the sum of loss and gradient norm). --verify is kernels/verify.py.
 
 Exit codes: 0 done, 1 out of memory, a miss of --verify, or a bug (then with a traceback), 2 bad option, or torch would
 have run a slow form, 5 cannot write, 130 Ctrl-C.
 """
 
 import gc
+import importlib.util
+import os
 import shlex
 import statistics
 import sys
@@ -24,7 +29,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import tyro
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import machine
@@ -39,8 +46,11 @@ from kernels.attention import forget_compiled
 from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
 from optim import make_optimizers, update
+from processes import check_variables
 from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, writing
 
+# torchrun sets these; without it there is one process
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 WARMUP_STEPS, PROFILED_STEPS = 5, 3
 ROUNDS = 4  # turns of each setting under --compare
 DEFAULTS = {"cuda": {"model": "d12", "batch_size": 64, "sequence_length": 1024},
@@ -78,6 +88,10 @@ class BenchConfig:
     """where results.json is written"""
     compare: str | None = None
     """options of a second setting, in one string; what is not in it is as in the first"""
+    against: str | None = None
+    """a model.py with GPT and GPTConfig as nanoGPT has them: run in turn, at the same size and with our optimizer"""
+    way: tyro.conf.Suppress[Literal["", "against", "ddp"]] = ""
+    """of a second setting: the model of `against`, or DistributedDataParallel"""
     verify: tyro.conf.FlagCreatePairsOff[bool] = False
     """compare output, gradients and visible keys of every attention back end with a float64 reference instead"""
 
@@ -138,10 +152,19 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
         return [config], device
     if device.type not in DEFAULTS:
         raise ValueError(f"device={device.type}: torch's profiler sees no kernels there; use --device cpu")
+    if (config.compare is not None) + (config.against is not None) + (WORLD_SIZE > 1) > 1:
+        raise ValueError("--compare, --against and torchrun each bring a second setting: take one of them")
+    if config.against is not None and not os.path.isfile(config.against):
+        raise ValueError(f"--against {config.against}: no such file")
     configs = [config]
+    if config.against is not None:
+        configs = [replace(config, way="against"), config]
+    if WORLD_SIZE > 1:
+        check_variables(RANK, WORLD_SIZE)
+        configs = [config, replace(config, way="ddp")]
     if config.compare is not None:
         second = parse(shlex.split(config.compare), config)
-        for name in ("steps", "device", "out_dir", "compare", "verify"):
+        for name in ("steps", "device", "out_dir", "compare", "against", "verify"):
             if getattr(second, name) != getattr(config, name):
                 raise ValueError(f"--compare {config.compare!r}: {name} cannot differ between two settings")
         configs.append(second)
@@ -156,11 +179,15 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
 
 def build(config: BenchConfig, device: torch.device):
     """(a step as in train_gpt2.py, warmed up; MiB that stay between steps)."""
-    model = GPT(config.gpt, config.window_backend, config.kernels, config.recompute_gelu).to(device)
     compiled = compiles(config.compile, device)
-    optimizers = make_optimizers(model, TrainConfig(optimizer=config.optimizer), compiled)
+    if config.way == "against":
+        model = other_model(config)
+    else:
+        model = GPT(config.gpt, config.window_backend, config.kernels, config.recompute_gelu)
+    optimizers = make_optimizers(model.to(device), TrainConfig(optimizer=config.optimizer), compiled)
     if compiled:
         model.compile()
+    network = DistributedDataParallel(model, gradient_as_bucket_view=True) if config.way == "ddp" else model
     dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     B, T = config.batch_size, config.sequence_length
@@ -168,7 +195,7 @@ def build(config: BenchConfig, device: torch.device):
 
     def step():
         with autocast:
-            _, loss = model(inputs, targets)
+            _, loss = network(inputs, targets)
         loss.backward()
         with torch.profiler.record_function(OPTIMIZER):
             return machine.read_later(update(model, optimizers, loss.detach(), TrainConfig.grad_clip))
@@ -177,6 +204,15 @@ def build(config: BenchConfig, device: torch.device):
     tensors = *checkpoint.named_tensors(model, optimizers), {"inputs": inputs, "targets": targets}
     held_mib = sum(x.nbytes for part in tensors for x in part.values()) / MIB
     return step, held_mib
+
+
+def other_model(config: BenchConfig):
+    """The model of the file `against` at our size, without dropout and biases."""
+    spec = importlib.util.spec_from_file_location("against", config.against)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    size = {name: getattr(config.gpt, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    return module.GPT(module.GPTConfig(block_size=config.sequence_length, dropout=0.0, bias=False, **size))
 
 
 def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
@@ -202,22 +238,26 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
                 turn(i)
                 continue
             except RuntimeError as error:
-                if not machine.is_out_of_memory(error) or not built.keys() - {i}:  # alone it does not fit either
+                alone = WORLD_SIZE > 1 or not built.keys() - {i}  # it would not fit without the others either
+                if alone or not machine.is_out_of_memory(error):
                     raise
             fit = False
             release(built)
             turn(i)
     release(built)
     for config, figure in zip(configs, figures, strict=True):
+        ms = statistics.median(ms for times in figure["rounds_ms"] for ms in times)
+        figure |= {"step_ms": ms, "tokens_per_s": 1000 * config.tokens / ms}
+        if config.way == "against" or RANK > 0:
+            continue
         dtype, T = machine.matmul_dtype(device, config.dtype), config.sequence_length
         with torch.device("meta"):
             model = GPT(config.gpt, config.window_backend, config.kernels)
-        ms = statistics.median(ms for times in figure["rounds_ms"] for ms in times)
         flops_per_s = model.flops_per_token(T) * config.tokens / ms * 1000
         peak_flops = machine.peak_flops(machine.device_name(device)) if dtype == torch.bfloat16 else None
-        figure |= {"step_ms": ms, "tokens_per_s": 1000 * config.tokens / ms,
-                   "mfu": flops_per_s / peak_flops if peak_flops else None,
-                   "predicted_mib": training_mib(config, config.gpt, config.batch_size, shares=1),
+        figure |= {"mfu": flops_per_s / peak_flops if peak_flops else None,
+                   "predicted_mib": training_mib(config, config.gpt, config.batch_size,
+                                                 shares=WORLD_SIZE if config.way == "ddp" else 1),
                    "floor": measure_floor(model, config.batch_size, T, device, dtype, config.optimizer)}
     return figures
 
@@ -238,23 +278,26 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
     """Prints one setting: a summary, the table of kinds, and the kernels of no known kind by name."""
     dtype = str(machine.matmul_dtype(device, config.dtype)).removeprefix("torch.")
     times = [ms for times in figure["rounds_ms"] for ms in times]
-    print(f"\n{model_name(config.gpt)}, {config.batch_size} x {config.sequence_length} tokens, {dtype}, "
+    name = config.against if config.way == "against" else model_name(config.gpt)
+    print(f"\n{name}, {config.batch_size} x {config.sequence_length} tokens, {dtype}, "
           f"compile {config.compile}" + f", window by {config.window_backend}" * bool(config.window_backend)
           + f", {config.kernels} kernels" * bool(config.kernels) + ", GELU recomputed" * config.recompute_gelu
-          + ", Muon" * (config.optimizer == "muon"))
+          + ", Muon" * (config.optimizer == "muon")
+          + f", each of {WORLD_SIZE} processes" * (WORLD_SIZE > 1) + ", summed by DDP" * (config.way == "ddp"))
     print(f"{figure['step_ms']:,.2f} ms a step ({min(times):,.2f} to {max(times):,.2f}, {len(times)} steps), "
           f"{figure['tokens_per_s']:,.0f} tokens/s, "
-          + (f"{figure['mfu']:.1%} MFU" if figure["mfu"] else "MFU unknown")
-          + (f", peak {figure['peak_mib']:,.0f} MiB ({figure['predicted_mib']:,.0f} predicted)"
-             if figure["peak_mib"] else ""))
-    floor, step_ms = figure["floor"], sum(figure["kinds"].values())
+          + (f"{figure['mfu']:.1%} MFU" if figure.get("mfu") else "MFU unknown")
+          + (f", peak {figure['peak_mib']:,.0f} MiB" if figure["peak_mib"] else "")
+          + (f" ({figure['predicted_mib']:,.0f} predicted)" if figure["peak_mib"] and "floor" in figure else ""))
+    floor, step_ms = figure.get("floor", {"kinds": {}}), sum(figure["kinds"].values())
     print(f"\n{'kind of kernel':<18}{'ms':>9}{'share':>8}{'floor ms':>10}{'ratio':>8}")
     rows = {kind: (figure["kinds"][kind], floor["kinds"].get(kind, 0.0)) for kind in ALL_KINDS}
     for name, (ms, least_ms) in (rows | {"profiled step": (step_ms, sum(floor["kinds"].values()))}).items():
         over = f"{ms / least_ms:8.2f}" if least_ms else ""
         print(f"{name:<18}{ms:>9.3f}{ms / step_ms:>8.1%}{least_ms:>10.3f}{over}")
-    print(f"floor: matrix products at {floor['product_flops_per_s'] / 1e12:,.3g} TFLOP/s, bytes read and written at "
-          f"{floor['copy_bytes_per_s'] / 1e9:,.4g} GB/s")
+    if "floor" in figure:
+        print(f"floor: matrix products at {floor['product_flops_per_s'] / 1e12:,.3g} TFLOP/s, bytes read and written "
+              f"at {floor['copy_bytes_per_s'] / 1e9:,.4g} GB/s")
     others = [kernel for kernel in figure["kernels"] if kernel["kind"] == "other"]
     for kernel in others[:10]:
         print(f"other: {kernel['ms']:8.3f} ms, {kernel['calls']:.0f} x {kernel['name'][:90]}")
@@ -270,8 +313,16 @@ def run(arguments: list[str]) -> int:
 
         return verify.run(configs[0].device)
     check_writable(out_dir := Path(configs[0].out_dir))
-    print(machine.describe(device), flush=True)
+    if WORLD_SIZE > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK == 0:
+        print(machine.describe(device), flush=True)
     figures = measure(configs, device)
+    if WORLD_SIZE > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if RANK > 0:
+        return 0
     settings = [{"config": asdict(config)} | figure for config, figure in zip(configs, figures, strict=True)]
     for config, figure in zip(configs, figures, strict=True):
         show(config, figure, device)
@@ -282,7 +333,8 @@ def run(arguments: list[str]) -> int:
                      for config, figure in zip(configs, figures, strict=True)]
         ratio_of_all, rounds = ratio(*per_token)
         result["tokens_per_s_ratio"] = {"all": ratio_of_all, "rounds": rounds}
-        print(f"\ntokens/s of the second over the first: {ratio_of_all:.3f} ({min(rounds):.3f} to {max(rounds):.3f} in "
+        of = f"{WORLD_SIZE} x one process" if WORLD_SIZE > 1 else "the first"
+        print(f"\ntokens/s of the second over {of}: {ratio_of_all:.3f} ({min(rounds):.3f} to {max(rounds):.3f} in "
               f"{ROUNDS} rounds)")
     with writing(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)

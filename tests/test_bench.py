@@ -1,11 +1,14 @@
 """bench.py, kernel_kinds.py and floor.py of costs/: on made-up names, events and times, and as a command on `tiny`."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from small import call, words
+from small import ROOT, call, words
 
 import bench
 from configs.variants import VARIANTS, variant
@@ -321,6 +324,63 @@ def test_how_a_step_is_computed_reaches_the_model_and_the_floor(tmp_path, monkey
     assert floors == [("blocked", "fused"), ("blocked", "plain")]
 
 
+OTHER = """
+import torch.nn as nn
+from dataclasses import dataclass
+
+@dataclass
+class GPTConfig:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    block_size: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.wte = config, nn.Embedding(config.vocab_size, config.n_embd)
+
+    def forward(self, idx, targets):
+        logits = self.wte(idx) @ self.wte.weight.T
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def test_against_the_model_of_another_file(tmp_path, monkeypatch, capsys):
+    """Theirs first, in turn, at our size; without a floor, which is of our parts."""
+    order, made, make = record_builds(monkeypatch), [], bench.other_model
+    monkeypatch.setattr(bench, "other_model", lambda config: (made.append(make(config)), made[-1])[1])
+    (tmp_path / "model.py").write_text(OTHER)
+    options = [*SMALL, "--n_embd=32", f"--out_dir={tmp_path}", f"--against={tmp_path / 'model.py'}"]
+    assert call(bench.main, options) == 0
+    assert order == ["build 2", 2, 2, "build 2", *[2, 2] * 7]
+    (model,), (theirs, ours) = made, results(tmp_path)["settings"]
+    assert vars(model.config) == {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 512, "block_size": 32,
+                                  "dropout": 0.0, "bias": False}
+    assert theirs["config"]["way"] == "against" and "floor" not in theirs and "floor" in ours
+    assert results(tmp_path)["tokens_per_s_ratio"]["all"] == pytest.approx(
+        ours["tokens_per_s"] / theirs["tokens_per_s"])
+    assert f"{tmp_path / 'model.py'}, 2 x 32 tokens" in capsys.readouterr().out
+
+
+def test_two_processes(tmp_path):
+    """Each for itself in turn with DistributedDataParallel, printed and written once."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, "bench.py", *SMALL, f"--out_dir={tmp_path}"], cwd=ROOT, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("each of 2 processes") == 2 and done.stdout.count("summed by DDP") == 1
+    alone, ddp = results(tmp_path)["settings"]
+    assert (alone["config"]["way"], ddp["config"]["way"]) == ("", "ddp")
+    tiny = replace(variant("tiny"), vocab_size=512)  # with DDP the gradients stay, in buckets
+    assert [figure["predicted_mib"] * 2**20 for figure in (alone, ddp)] == [
+        training_need(tiny, None, 2, 32, shares) for shares in (1, 2)]
+    assert "tokens/s of the second over 2 x one process" in done.stdout
+
+
 def test_verify(monkeypatch):
     from kernels import verify
 
@@ -343,6 +403,9 @@ def test_verify(monkeypatch):
     (["--device=cpu", "--compare", "--steps 3"], "steps cannot differ"),
     (["--device=cpu", "--compare", "--compare=--qk_norm"], "compare cannot differ"),
     (["--device=cpu", "--compare", "--model 'd12"], "No closing quotation"),
+    (["--device=cpu", "--compare", "--against no.py"], "against cannot differ"),
+    (["--device=cpu", "--against=no.py"], "--against no.py: no such file"),
+    (["--device=cpu", "--against=no.py", "--compare=--qk_norm"], "each bring a second setting"),
     (["--device=cpu", "--verify", "--steps=3"], "--verify takes no other option"),
 ])
 def test_bad_options(options, expected, capsys, tmp_path, monkeypatch):
