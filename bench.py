@@ -7,12 +7,12 @@ How fast a training step is, where its time goes, and what it would take at leas
     torchrun --standalone --nproc_per_node 4 -- bench.py --model d12_qk_norm
     python bench.py --verify
 
-A step is that of train_gpt2.py with one micro-batch of random tokens in one process: forward and backward, clipping,
+A step is that of train_gpt2.py with one micro-batch of random tokens in each process: forward and backward, clipping,
 optimizer. Its time is the median on the host's clock after a warm-up, "peak" what torch has allocated at most.
 The table has, for each kind of kernel (costs/kernel_kinds.py), its time in a few more steps under torch's profiler, and
 its floor (costs/floor.py). --compare takes a second setting, the first one with these options changed, and runs both in
-turn, A B A B; --against does so with the model of another file, torchrun with DistributedDataParallel, beside the same
-GPUs each for itself (but for the sum of loss and gradient norm). --verify is kernels/verify.py.
+turn, A B A B; --against does so with the model of another file, torchrun with DistributedDataParallel and the same GPUs
+each for itself. --verify is kernels/verify.py.
 
 Exit codes: 0 done, 1 out of memory, a miss of --verify, or a bug (then with a traceback), 2 bad option, or torch would
 have run a slow form, 5 cannot write, 130 Ctrl-C.
@@ -46,13 +46,14 @@ from kernels.attention import forget_compiled
 from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
 from optim import make_optimizers, update
-from processes import check_variables
+from processes import check_variables, end_with_torchrun
 from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, writing
 
 # torchrun sets these; without it there is one process
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 WARMUP_STEPS, PROFILED_STEPS = 5, 3
-ROUNDS = 4  # turns of each setting under --compare
+ROUNDS = 4  # turns of each setting, where there are two
+SIZE = ("n_layer", "n_head", "n_embd", "vocab_size")  # what another file's model shares with ours
 DEFAULTS = {"cuda": {"model": "d12", "batch_size": 64, "sequence_length": 1024},
             "cpu": {"model": "tiny", "batch_size": 2, "sequence_length": 64}}
 
@@ -79,7 +80,7 @@ class BenchConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto: on CUDA"""
     recompute_gelu: bool = False
-    """with fused kernels: keep GELU's input alone for backward, not its output"""
+    """as in train_gpt2.py"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """as in train_gpt2.py"""
     device: str = "auto"
@@ -89,7 +90,7 @@ class BenchConfig:
     compare: str | None = None
     """options of a second setting, in one string; what is not in it is as in the first"""
     against: str | None = None
-    """a model.py with GPT and GPTConfig as nanoGPT has them: run in turn, at the same size and with our optimizer"""
+    """a file that stands alone, with GPT and GPTConfig as nanoGPT has them: in turn, at our size, with our AdamW"""
     way: tyro.conf.Suppress[Literal["", "against", "ddp"]] = ""
     """of a second setting: the model of `against`, or DistributedDataParallel"""
     verify: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -138,7 +139,7 @@ def parse(arguments: list[str], default: BenchConfig) -> BenchConfig:
 
 
 def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device]:
-    """One setting, or the two of --compare. ValueError for a bad value."""
+    """One setting, or two. ValueError for a bad value."""
     if "--compare" in arguments[:-1]:  # its value begins with --, which tyro takes only after =
         i = arguments.index("--compare")
         arguments = [*arguments[:i], "=".join(arguments[i:i + 2]), *arguments[i + 2:]]
@@ -147,6 +148,8 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
     default = BenchConfig(variant(values["model"]), **values)
     config = parse(arguments, default)
     if config.verify:
+        if WORLD_SIZE > 1:
+            raise ValueError("--verify is one process: start it without torchrun")
         if config != replace(default, verify=True, device=config.device):
             raise ValueError("--verify takes no other option than --device")
         return [config], device
@@ -158,9 +161,13 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
         raise ValueError(f"--against {config.against}: no such file")
     configs = [config]
     if config.against is not None:
-        configs = [replace(config, way="against"), config]
+        size = {name: getattr(config.gpt, name) for name in SIZE}
+        configs.insert(0, replace(config, way="against", gpt=GPTConfig(**size), window_backend=None, kernels=None,
+                                  recompute_gelu=False, optimizer="adamw"))
     if WORLD_SIZE > 1:
         check_variables(RANK, WORLD_SIZE)
+        if config.optimizer == "muon":
+            raise ValueError("optimizer=muon divides its work among the processes: none has a step for itself")
         configs = [config, replace(config, way="ddp")]
     if config.compare is not None:
         second = parse(shlex.split(config.compare), config)
@@ -198,7 +205,8 @@ def build(config: BenchConfig, device: torch.device):
             _, loss = network(inputs, targets)
         loss.backward()
         with torch.profiler.record_function(OPTIMIZER):
-            return machine.read_later(update(model, optimizers, loss.detach(), TrainConfig.grad_clip))
+            return machine.read_later(update(model, optimizers, loss.detach(), TrainConfig.grad_clip,
+                                             alone=config.way != "ddp"))
 
     step_times(step, WARMUP_STEPS, device)
     tensors = *checkpoint.named_tensors(model, optimizers), {"inputs": inputs, "targets": targets}
@@ -207,12 +215,15 @@ def build(config: BenchConfig, device: torch.device):
 
 
 def other_model(config: BenchConfig):
-    """The model of the file `against` at our size, without dropout and biases."""
-    spec = importlib.util.spec_from_file_location("against", config.against)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    size = {name: getattr(config.gpt, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    return module.GPT(module.GPTConfig(block_size=config.sequence_length, dropout=0.0, bias=False, **size))
+    """The model of the file `against` at our size, without dropout and biases. ValueError if it has none."""
+    try:
+        spec = importlib.util.spec_from_file_location("against", config.against)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        size = {name: getattr(config.gpt, name) for name in SIZE}
+        return module.GPT(module.GPTConfig(block_size=config.sequence_length, dropout=0.0, bias=False, **size))
+    except (AttributeError, ImportError, SyntaxError, TypeError) as error:
+        raise ValueError(f"--against {config.against} has no model like nanoGPT's: {error}") from error
 
 
 def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
@@ -238,7 +249,7 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
                 turn(i)
                 continue
             except RuntimeError as error:
-                alone = WORLD_SIZE > 1 or not built.keys() - {i}  # it would not fit without the others either
+                alone = not built.keys() - {i} or WORLD_SIZE > 1  # without the others it would not fit, or not in all
                 if alone or not machine.is_out_of_memory(error):
                     raise
             fit = False
@@ -326,8 +337,10 @@ def run(arguments: list[str]) -> int:
     settings = [{"config": asdict(config)} | figure for config, figure in zip(configs, figures, strict=True)]
     for config, figure in zip(configs, figures, strict=True):
         show(config, figure, device)
+    torchrun = ["torchrun", "--nproc_per_node", str(WORLD_SIZE), "--"]
     result = {"machine": machine.versions(device), "commit": git("rev-parse", "HEAD").decode().strip() or None,
-              "command": shlex.join(["python", "bench.py", *arguments]), "settings": settings}
+              "command": shlex.join([*(torchrun if WORLD_SIZE > 1 else ["python"]), "bench.py", *arguments]),
+              "settings": settings}
     if len(configs) == 2:
         per_token = [[[ms / config.tokens for ms in times] for times in figure["rounds_ms"]]
                      for config, figure in zip(configs, figures, strict=True)]
@@ -345,10 +358,12 @@ def run(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
+    end_with_torchrun()
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
     except (ValueError, SlowPath, CannotWrite) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if RANK == 0:
+            print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", BAD_OPTION)
     except RuntimeError as error:
         if not machine.is_out_of_memory(error):

@@ -111,10 +111,12 @@ class Saver:
 
     def failed(self, error: OSError):
         self.n_failed += 1
-        reason = f"{cannot_write(self.run.path, error)}; step {self.step} is not saved, {self.n_bytes:,} bytes"
         if self.last or self.n_failed == MOST_FAILED_SAVES:
-            raise CannotWrite(reason) from error
-        self.say(f"warning: {reason}, trying again at the next save", file=sys.stderr)
+            raise CannotWrite(self.not_saved(error)) from error
+        self.say(f"warning: {self.not_saved(error)}, trying again at the next save", file=sys.stderr)
+
+    def not_saved(self, error: BaseException) -> str:
+        return f"{cannot_write(self.run.path, error)}; step {self.step} is not saved, {self.n_bytes:,} bytes"
 
     def in_progress(self) -> bool:
         """Whether a save is being written, beside the training."""
@@ -124,11 +126,8 @@ class Saver:
         """Returns when the save in hand is done or has failed, which is a warning: the run has its end already."""
         if self.thread:
             self.thread.shutdown()
-        self.last = True  # no other will follow
-        try:
-            self.wait()
-        except CannotWrite as error:
-            self.say(f"warning: {error}", file=sys.stderr)
+        if self.in_hand and (error := self.in_hand.exception()):
+            self.say(f"warning: {self.not_saved(error)}", file=sys.stderr)
 
 
 def keep_for_replay(run_directory: Path, step: int, model: torch.nn.Module, optimizers: list, state: dict, say=print):

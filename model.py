@@ -14,7 +14,7 @@ GPT-2: Radford et al. 2019. Rotary embedding: arXiv 2104.09864. RMSNorm: arXiv 1
 import functools
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Literal
 
 import torch
@@ -249,6 +249,9 @@ def attention_class(config: GPTConfig, layer: int):
     return CausalSelfAttention if config.layer_window(layer) is None else SlidingWindowAttention
 
 
+CONSTANTS = int | float | str | tuple | FunctionType | None  # of a module, which a compiled form has in it
+
+
 class Block(nn.Module):
     """x + post(attn(pre(x))), then the same with the MLP; pre and post are RMSNorm or identity."""
 
@@ -266,7 +269,7 @@ class Block(nn.Module):
     def kind(self):
         """Equal for blocks that one compiled form serves: their parts have the same classes and constants."""
         return tuple((type(part), *((name, value) for name, value in vars(part).items()
-                                    if isinstance(value, int | float | str | None))) for part in self.modules())
+                                    if isinstance(value, CONSTANTS))) for part in self.modules())
 
 
 # -----------------------------------------------------------------------------
@@ -276,8 +279,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """
     config: what it computes. window_backend: what computes a window (kernels/attention.py), kernels: plain, or fused
-    for the parts in kernels/fused.py; None is the fastest, all give the same function. recompute_gelu: with fused
-    kernels, keep GELU's input alone for backward. seed: of the initial weights, drawn from a generator of their own.
+    for the parts in kernels/fused.py; None is the fastest, all give the same function. recompute_gelu: of the fused
+    kernels those that need less memory. seed: of the initial weights, drawn from a generator of their own.
     """
 
     def __init__(self, config: GPTConfig, window_backend: str | None = None, kernels: str | None = None,
@@ -328,9 +331,8 @@ class GPT(nn.Module):
 
     def compile(self, **options):
         """
-        torch.compile of the embedding, of a block (once for all that are alike) and of what follows them: graphs of
-        their own start sooner than one for all, and let DistributedDataParallel sum the gradients of one block while
-        those of the next are computed. Tables and block masks are made once, outside the graphs.
+        torch.compile of the embedding, of a block (once for all that are alike) and of what follows them: sooner done
+        than one graph for all. Tables and block masks are made once, outside the graphs.
         """
         self.embed, self.norm, self.output = (
             compile_static(part, **options) for part in (self.embed, self.norm, self.output))

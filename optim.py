@@ -23,8 +23,7 @@ NEWTON_SCHULZ_STEPS = 5
 def make_optimizers(model: torch.nn.Module, config: TrainConfig, compiled: bool = False) -> list[torch.optim.Optimizer]:
     """Each weight is in one of them; weight decay on matrices only. compiled: torch.compile for what is not fused."""
     weights = dict(model.named_parameters())
-    has_own_rate = config.embedding_learning_rate is not None
-    embedding = [weights.pop("transformer.wte.weight")] if has_own_rate else []
+    embedding = [] if config.embedding_learning_rate is None else [weights.pop("transformer.wte.weight")]
     hidden = {name: weights.pop(name) for name in list(weights)
               if config.optimizer == "muon" and ".h." in name and weights[name].ndim == 2}
     optimizers = [torch.optim.AdamW(filled([
@@ -38,8 +37,9 @@ def make_optimizers(model: torch.nn.Module, config: TrainConfig, compiled: bool 
             {"params": [hidden[name] for name in qkv], "parts": 3},
             {"params": [hidden[name] for name in hidden if name not in qkv], "parts": 1},
         ]), config.muon_learning_rate, config.weight_decay, compiled))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]  # the peak
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # the peak
     return optimizers
 
 
@@ -115,15 +115,16 @@ def move(weights: list, updates, lr, weight_decay: float, scale: float, found_in
         weight.copy_(torch.where(found_inf > 0, weight, weight * (1 - lr * weight_decay) - lr * scale * update))
 
 
-def update(model: torch.nn.Module, optimizers: list, loss: torch.Tensor, grad_clip: float):
+def update(model: torch.nn.Module, optimizers: list, loss: torch.Tensor, grad_clip: float, alone: bool = False):
     """
-    Clips the gradient, updates the weights and drops the gradient. loss: this process's share. Returns (loss, norm of
+    Clips the gradient, updates the weights and drops the gradient. loss: this process's share; alone: of several
+    processes each for itself, which is only for measuring. Returns (loss, norm of
     the gradient) as one float32 tensor on the device, and no host waits: where one of them is not finite, in any
     process, the kernels of CUDA and CPU leave all as it was, in this update and in all that follow.
     """
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     report = torch.stack((loss.float(), grad_norm.float()))
-    if dist.is_initialized():
+    if dist.is_initialized() and not alone:
         shared = report * torch.tensor([1.0, 0.0], device=report.device)  # of a norm that is not finite a NaN
         dist.all_reduce(shared)
         report = torch.stack((shared[0], report[1] + shared[1]))

@@ -68,12 +68,12 @@ def writing(path: Path):
         raise CannotWrite(cannot_write(path, error)) from error
 
 
-def cannot_write(path: Path, error: OSError) -> str:
+def cannot_write(path: Path, error: BaseException) -> str:
     """Why, and what the disk has left."""
+    why = getattr(error, "strerror", None) or error
     with suppress(OSError):
-        free = shutil.disk_usage(existing(path)).free
-        return f"cannot write to {path}: {error.strerror or error} ({free:,} bytes free)"
-    return f"cannot write to {path}: {error.strerror or error}"
+        return f"cannot write to {path}: {why} ({shutil.disk_usage(existing(path)).free:,} bytes free)"
+    return f"cannot write to {path}: {why}"
 
 
 def existing(path: Path) -> Path:
@@ -137,8 +137,8 @@ class RunDir:
     def lacks_evaluation(self, step: int) -> bool:
         """Whether the run was ended, in another way than in good order, before this update was evaluated."""
         lines = read_text(self.path / "metrics.jsonl").splitlines()[:step]
-        evaluated = len(lines) < step or "val_loss" in parse_object(lines[-1])
-        return not evaluated and read_json(self.path / "status.json").get("code") != DONE
+        lacks = len(lines) == step and "val_loss" not in parse_object(lines[-1])
+        return lacks and read_json(self.path / "status.json").get("code") != DONE
 
     def open_metrics(self, step: int) -> float:
         """
@@ -155,7 +155,7 @@ class RunDir:
             write_text(path, "".join(line + "\n" for line in lines))
             self.last_row, self.last_bytes = (json.loads(lines[-1]), len(lines[-1].encode()) + 1) if lines else ({}, 0)
             self.metrics, self.step = open(path, "r+b", buffering=0), step
-            self.n_synced, self.unsynced, self.n_written = path.stat().st_size, bytearray(), 0  # bytes; of `unsynced`
+            self.n_synced, self.unsynced, self.n_written = path.stat().st_size, bytearray(), 0  # n_*: bytes
         if missing:
             print(f"{path}: steps {n_good + 1} to {step} are missing or damaged", file=sys.stderr)
         return max((row.get("time_s", 0.0) for row in rows[:n_good]), default=0.0)
@@ -168,7 +168,10 @@ class RunDir:
         finite = for_json(row)
         self.unsynced += json.dumps(finite).encode() + b"\n"
         with suppress(OSError):
-            self.write_lines() if len(self.unsynced) < 2**20 else self.sync()  # so that it stays as small
+            if len(self.unsynced) < 2**20:
+                self.write_lines()
+            else:
+                self.sync()
         self.step = row["step"]
         if self.mirror:
             self.mirror.log(finite)

@@ -303,7 +303,9 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         return others.anywhere(stop.received is not None)
 
     def evaluation(step: int) -> dict:
-        found = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes, others, interrupted)
+        """As `evaluate`. Where nothing is saved the last one is not cut short, since no start could make up for it."""
+        stops = interrupted if config.save_every or step < last_step else lambda: False
+        found = evaluate(model, val_windows, n_val, batch_size, autocast, device, text_bytes, others, stops)
         if found:
             print0(f"step {step}: val loss {found['val_loss']:.4f}, "
                    f"bits per byte {found['bits_per_byte'] or math.nan:.4f}")
@@ -410,8 +412,9 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         with rundir.writing(run.path):
             run.sync()
     if times:
-        step_s, speed = statistics.median(times), config.total_batch_tokens / statistics.median(times)
-        print0(f"median of {len(times)} steps: {1000 * step_s:.1f} ms, {speed:,.0f} tokens/s")
+        step_s = statistics.median(times)
+        print0(f"median of {len(times)} steps: {1000 * step_s:.1f} ms, "
+               f"{config.total_batch_tokens / step_s:,.0f} tokens/s")
     if step == config.max_steps and not cut_short:
         return "finished", rundir.DONE
     if stopping:

@@ -42,7 +42,7 @@ class TrainConfig:
     learning_rate: float = 6e-4
     """of AdamW: peak, reached after the warm-up"""
     embedding_learning_rate: float | None = None
-    """AdamW's for the embedding, which then has no weight decay; None: learning_rate"""
+    """AdamW's for the embedding (and head, if they are tied), which then has no weight decay; None: learning_rate"""
     muon_learning_rate: float = 0.02
     """of Muon: peak, with the same schedule"""
     final_lr_fraction: float = 0.0
@@ -58,7 +58,7 @@ class TrainConfig:
     beta2: float = 0.95
     """decay of the running mean of its square"""
     weight_decay: float = 0.1
-    """on all matrices, the embedding included"""
+    """on all matrices, the embedding included unless it has a rate of its own"""
     grad_clip: float = 1.0
     """largest norm of the whole gradient; 0 = no limit"""
 

@@ -3,10 +3,10 @@ Parts of model.py in fewer passes over memory, for CUDA: the same functions, the
 
 The matrix products are cublaslt.py's. `mlp` computes GELU inside the product before it, and its gradient inside that of
 backward. The logits of 65,536 tokens and 50,304 ids take 6.1 GiB in bfloat16, and the plain loss reads and writes them
-several times: `cross_entropy` goes in chunks of 8,192 tokens, of which only one has its logits in memory, a Triton
-kernel puts the logits' gradient in their place, and two products give the gradients of x and of the weight at once (the
-idea of Liger, arXiv 2410.10989). `rotate` turns and norms q and k where they lie, in one kernel, and one more gives the
-gradient of q, k and v: backward reads what attention keeps as well, and with qk_norm the lengths of q and k.
+several times: `cross_entropy` goes in chunks of 8,192 tokens or half, of which only one has its logits in memory, a
+Triton kernel puts the logits' gradient in their place, and two products give the gradients of x and of the weight at
+once (the idea of Liger, arXiv 2410.10989). `rotate` turns and norms q and k where they lie, in one kernel, and one more
+gives the gradient of q, k and v: backward reads what attention keeps as well, and with qk_norm the lengths of q and k.
 
 Shapes: B batch, T tokens in a sequence, N of all sequences, C = n_embd, H heads, D head_dim, V = vocab_size.
 """

@@ -366,6 +366,16 @@ def test_against_the_model_of_another_file(tmp_path, monkeypatch, capsys):
     assert f"{tmp_path / 'model.py'}, 2 x 32 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["GPT = 1", "from nowhere import GPT", "def GPTConfig(): pass", "(", None])
+def test_against_what_is_no_such_model(text, tmp_path, capsys):
+    """None: of a name by which Python knows no module."""
+    path = tmp_path / ("model.py" if text else "model.txt")
+    path.write_text(text or OTHER)
+    assert call(bench.main, [*SMALL, f"--out_dir={tmp_path / 'out'}", f"--against={path}"]) == 2
+    error = capsys.readouterr().err
+    assert "has no model like nanoGPT's" in error and error.count("\n") == 1
+
+
 def test_two_processes(tmp_path):
     """Each for itself in turn with DistributedDataParallel, printed and written once."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -379,6 +389,12 @@ def test_two_processes(tmp_path):
     assert [figure["predicted_mib"] * 2**20 for figure in (alone, ddp)] == [
         training_need(tiny, None, 2, 32, shares) for shares in (1, 2)]
     assert "tokens/s of the second over 2 x one process" in done.stdout
+    assert results(tmp_path)["command"].startswith("torchrun --nproc_per_node 2 -- bench.py --device=cpu")
+    for option, words_of_it in {"--optimizer=muon": "divides its work", "--compare=--qk_norm": "each bring a second",
+                                "--verify": "is one process"}.items():
+        done = subprocess.run([sys.executable, "bench.py", "--device=cpu", option], cwd=ROOT, text=True,
+                              capture_output=True, env=os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"})
+        assert done.returncode == 2 and words_of_it in done.stderr
 
 
 def test_verify(monkeypatch):
