@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import machine
+from configs.recipes import restored
 from files import fsync, sha256, write_hashed
 from model import GPT, GPTConfig
 from optim import STATE
@@ -304,7 +305,7 @@ def load_optimizers(checkpoint: Path, model: torch.nn.Module, optimizers: list):
 def load_model(checkpoint: Path, device="cpu") -> GPT:
     """The model of a checkpoint directory, which alone is enough: state.json holds its config."""
     try:
-        config = GPTConfig(**read_state(checkpoint)["model_config"])
+        config = restored(GPTConfig, read_state(checkpoint)["model_config"])
     except (KeyError, TypeError, ValueError) as error:
         raise NoValidCheckpoint(f"{checkpoint / 'state.json'} was written by another version ({error})") from error
     model = GPT(config).to(device)

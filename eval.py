@@ -32,7 +32,7 @@ import checkpoint
 import hellaswag
 import machine
 import processes
-from configs.recipes import TrainConfig
+from configs.recipes import TrainConfig, restored
 from data.loader import open_data, val_batches
 from data.shards import locked
 from data.tokenizer import gpt2, token_bytes
@@ -162,7 +162,7 @@ def read_run(newest: Path) -> Run:
     """Raises NoValidCheckpoint where state.json was written by another version."""
     state = checkpoint.read_state(newest)
     try:
-        return Run(TrainConfig(**state["train_config"]), state["batch_size"], state["tokenizer"],
+        return Run(restored(TrainConfig, state["train_config"]), state["batch_size"], state["tokenizer"],
                    state["settings"]["data"])
     except (KeyError, TypeError, ValueError) as error:
         raise NoValidCheckpoint(f"{newest / 'state.json'} was written by another version ({error})") from error

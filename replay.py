@@ -10,6 +10,7 @@ and one sequence at a time.
 Exit codes: 0 done, 2 bad option, or other data than the run had, 4 damaged weights, 7 missing, empty or invalid data.
 """
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 import checkpoint
 import machine
-from configs.recipes import TrainConfig
+from configs.recipes import TrainConfig, restored
 from data.loader import open_data, train_order
 from finite import find, first_not_finite, some
 from kernels.compiling import SlowPath, compiles
@@ -82,14 +83,16 @@ def build(model_class, config: TrainConfig, gpt_config: GPTConfig, weights: Path
 def replay(config: ReplayConfig) -> list[str]:
     """Prints what each of the WAYS gives; the names of those in which all is finite."""
     device = machine.select_device(config.device)
-    run = next((path for path in (Path(config.out_dir) / config.run, Path(config.run)) if path.is_dir()), None)
+    places = Path(config.out_dir) / config.run, Path(config.run)
+    run = next((path for path in places if os.path.isdir(path)), None)  # False, not an error, for a name too long
     kept = run and checkpoint.newest_valid(run / checkpoint.NOT_FINITE)
     if kept is None:
         raise BadOption(f"{config.run} has no step to do again: only a run that ended with exit code 6 has one")
     state = checkpoint.read_state(kept)
     try:
-        run_config, gpt_config = TrainConfig(**state["train_config"]), GPTConfig(**state["model_config"])
-        fingerprint, batch_size = state["settings"]["data"], int(state["batch_size"])
+        run_config, gpt_config = (restored(TrainConfig, state["train_config"]),
+                                  restored(GPTConfig, state["model_config"]))
+        fingerprint, step, batch_size = state["settings"]["data"], int(state["step"]), int(state["batch_size"])
     except (KeyError, TypeError, ValueError) as error:
         raise NoValidCheckpoint(f"{kept / 'state.json'} was written by another version ({error})") from error
     dataset, windows, _ = open_data(run_config.data, run_config.sequence_length, gpt_config.vocab_size,
@@ -97,8 +100,8 @@ def replay(config: ReplayConfig) -> list[str]:
     if dataset.fingerprint != fingerprint:
         raise BadOption(f"{dataset.directory} does not hold the data that {run} had")
     n_windows = run_config.total_batch_tokens // run_config.sequence_length
-    order = train_order(len(windows), run_config.seed, state["step"], n_windows)
-    print(f"step {state['step'] + 1} of {run}, {n_windows} windows of {dataset.directory}")
+    order = train_order(len(windows), run_config.seed, step, n_windows)
+    print(f"step {step + 1} of {run}, {n_windows} windows of {dataset.directory}")
     sound = []
     for name, (model_class, changes) in WAYS.items():
         n = 1 if changes else batch_size

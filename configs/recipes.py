@@ -2,7 +2,8 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,26 @@ RECIPES = {
     "short700": TrainConfig(recipe="short700", max_steps=700, learning_rate=1.5e-3, warmup_steps=70, val_every=100,
                             save_every=350),
 }
+
+
+def restored(kind: type, values: dict):
+    """The TrainConfig or GPTConfig of values that were kept as JSON. TypeError or ValueError for what is none."""
+    for name, of in get_type_hints(kind).items():
+        if name in values and not fits(values[name], of):
+            raise TypeError(f"{name}={values[name]!r}")
+    return kind(**values)
+
+
+def fits(value, kind) -> bool:
+    """Whether a value of JSON is one of this type of a field."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    allowed = {float: (float, int), int: (int,), str: (str,), bool: (bool,), NoneType: (NoneType,)}[kind]
+    return type(value) in allowed
 
 
 def recipe(name: str) -> TrainConfig:

@@ -1,9 +1,10 @@
 """Options, recipes, the run's name, the schedule, and what is refused before anything is written."""
 
+import json
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +14,7 @@ import torch
 from small import VOCAB, T, call, tree, words
 
 import train_gpt2
-from configs.recipes import RECIPES, TrainConfig, recipe, run_name
+from configs.recipes import RECIPES, TrainConfig, recipe, restored, run_name
 from configs.variants import VARIANTS, model_name
 from model import GPTConfig
 
@@ -326,3 +327,22 @@ def test_help_names_every_option(capsys):
 
 def test_vocabulary_of_the_tests():
     assert VOCAB == small.OPTIONS["vocab_size"] != GPTConfig().vocab_size
+
+
+def test_configs_come_back_from_json():
+    for kept in (*RECIPES.values(), replace(RECIPES["default"], batch_size=4, allow_change=("seed",), stop_after=3)):
+        again = restored(TrainConfig, json.loads(json.dumps(asdict(kept))))
+        assert asdict(again) | {"allow_change": tuple(again.allow_change)} == asdict(kept)
+    for gpt_config in train_gpt2.VARIANTS.values():
+        assert restored(GPTConfig, json.loads(json.dumps(asdict(gpt_config)))) == gpt_config
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [
+    (TrainConfig, {"data": None}), (TrainConfig, {"window_backend": []}), (TrainConfig, {"dtype": None}),
+    (TrainConfig, {"batch_size": "all"}), (TrainConfig, {"batch_size": True}), (TrainConfig, {"learning_rate": "1"}),
+    (TrainConfig, {"allow_change": "seed"}), (TrainConfig, {"seed": 1.0}), (TrainConfig, {"unknown": 1}),
+    (TrainConfig, []), (GPTConfig, {"qk_norm": 1}), (GPTConfig, {"n_layer": None}), (GPTConfig, {"mlp_activation": {}}),
+])
+def test_what_is_no_config_is_refused(kind, wrong):
+    with pytest.raises(TypeError):
+        restored(kind, wrong)
