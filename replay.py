@@ -10,7 +10,6 @@ and one sequence at a time.
 Exit codes: 0 done, 2 bad option, or other data than the run had, 4 damaged weights, 7 missing, empty or invalid data.
 """
 
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from data.loader import open_data, train_order
 from finite import find, first_not_finite, some
 from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
-from rundir import BAD_OPTION, DONE, BadOption, NoValidCheckpoint
+from rundir import BAD_OPTION, DONE, BadOption, NoValidCheckpoint, directory_of
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ def build(model_class, config: TrainConfig, gpt_config: GPTConfig, weights: Path
 def replay(config: ReplayConfig) -> list[str]:
     """Prints what each of the WAYS gives; the names of those in which all is finite."""
     device = machine.select_device(config.device)
-    places = Path(config.out_dir) / config.run, Path(config.run)
-    run = next((path for path in places if os.path.isdir(path)), None)  # False, not an error, for a name too long
+    run = directory_of(config.run, config.out_dir)
     kept = run and checkpoint.newest_valid(run / checkpoint.NOT_FINITE)
     if kept is None:
         raise BadOption(f"{config.run} has no step to do again: only a run that ended with exit code 6 has one")

@@ -68,6 +68,12 @@ def writing(path: Path):
         raise CannotWrite(cannot_write(path, error)) from error
 
 
+def directory_of(run: str, out_dir: str) -> Path | None:
+    """That of a run, or of a folder of runs, named under out_dir or by its path."""
+    places = Path(out_dir) / run, Path(run)
+    return next((path for path in places if os.path.isdir(path)), None)  # False, not an error, for a name too long
+
+
 def cannot_write(path: Path, error: BaseException) -> str:
     """Why, and what the disk has left."""
     why = getattr(error, "strerror", None) or error

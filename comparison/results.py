@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from configs.recipes import RESULT_FIELDS, TrainConfig
 from files import read_text
 from model import GPT, GPTConfig
-from rundir import DONE, NOT_FINITE, BadOption, is_row, parse_object, read_json
+from rundir import DONE, NOT_FINITE, BadOption, directory_of, is_row, parse_object, read_json
 
 SPIKE_WINDOW, SPIKE_START, SPIKE_DEVIATIONS = 50, 20, 7  # steps, steps, standard deviations
 MAD_TO_STD = 1.4826  # of a normal distribution: standard deviation / median absolute deviation
@@ -177,7 +177,7 @@ def find_runs(names: Iterable[str], out_dir: str) -> dict[Path, Path | None]:
     """
     found = {}
     for name in names:
-        place = next((path for path in (Path(out_dir) / name, Path(name)) if path.is_dir()), None)
+        place = directory_of(name, out_dir)
         named = place is not None and is_run(place)
         inside = [] if place is None else [place] if named else runs_in(place)
         if not inside:
