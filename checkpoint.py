@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -260,6 +260,15 @@ def read_state(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "state.json").read_text())
 
 
+@contextmanager
+def of_this_version(checkpoint: Path):
+    """Raises NoValidCheckpoint for what is not in its state.json, or is of another type or out of range."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise NoValidCheckpoint(f"{checkpoint / 'state.json'} was written by another version ({error})") from error
+
+
 def weights_sha256(checkpoint: Path) -> str:
     return json.loads((checkpoint / "manifest.json").read_text())["model.safetensors"]["sha256"]
 
@@ -304,10 +313,8 @@ def load_optimizers(checkpoint: Path, model: torch.nn.Module, optimizers: list):
 
 def load_model(checkpoint: Path, device="cpu") -> GPT:
     """The model of a checkpoint directory, which alone is enough: state.json holds its config."""
-    try:
+    with of_this_version(checkpoint):
         config = restored(GPTConfig, read_state(checkpoint)["model_config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise NoValidCheckpoint(f"{checkpoint / 'state.json'} was written by another version ({error})") from error
     model = GPT(config).to(device)
     load_weights(checkpoint, model)
     return model

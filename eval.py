@@ -38,7 +38,7 @@ from data.shards import locked
 from data.tokenizer import gpt2, token_bytes
 from files import write_json
 from kernels.compiling import compiles
-from rundir import BAD_OPTION, DONE, INTERRUPTED, BadOption, NotFinite, NoValidCheckpoint, leave, read_json, writing
+from rundir import BAD_OPTION, DONE, INTERRUPTED, BadOption, NotFinite, leave, read_json, writing
 
 HANG_TIMEOUT_S = 600
 
@@ -161,11 +161,9 @@ def open_hellaswag(config: EvalConfig, run: Run, vocab_size: int) -> tuple[str, 
 def read_run(newest: Path) -> Run:
     """Raises NoValidCheckpoint where state.json was written by another version."""
     state = checkpoint.read_state(newest)
-    try:
+    with checkpoint.of_this_version(newest):
         return Run(restored(TrainConfig, state["train_config"]), state["batch_size"], state["tokenizer"],
                    state["settings"]["data"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise NoValidCheckpoint(f"{newest / 'state.json'} was written by another version ({error})") from error
 
 
 @torch.no_grad()

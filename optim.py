@@ -118,9 +118,9 @@ def move(weights: list, updates, lr, weight_decay: float, scale: float, found_in
 def update(model: torch.nn.Module, optimizers: list, loss: torch.Tensor, grad_clip: float, alone: bool = False):
     """
     Clips the gradient, updates the weights and drops the gradient. loss: this process's share; alone: of several
-    processes each for itself, which is only for measuring. Returns (loss, norm of
-    the gradient) as one float32 tensor on the device, and no host waits: where one of them is not finite, in any
-    process, the kernels of CUDA and CPU leave all as it was, in this update and in all that follow.
+    processes each for itself, which is only for measuring. Returns (loss, norm of the gradient) as one float32 tensor
+    on the device, and no host waits: where one of them is not finite, in any process, the kernels of CUDA and CPU leave
+    all as it was, in this update and in all that follow.
     """
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     report = torch.stack((loss.float(), grad_norm.float()))

@@ -87,12 +87,10 @@ def replay(config: ReplayConfig) -> list[str]:
     if kept is None:
         raise BadOption(f"{config.run} has no step to do again: only a run that ended with exit code 6 has one")
     state = checkpoint.read_state(kept)
-    try:
-        run_config, gpt_config = (restored(TrainConfig, state["train_config"]),
-                                  restored(GPTConfig, state["model_config"]))
+    with checkpoint.of_this_version(kept):
+        run_config = restored(TrainConfig, state["train_config"])
+        gpt_config = restored(GPTConfig, state["model_config"])
         fingerprint, step, batch_size = state["settings"]["data"], int(state["step"]), int(state["batch_size"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise NoValidCheckpoint(f"{kept / 'state.json'} was written by another version ({error})") from error
     dataset, windows, _ = open_data(run_config.data, run_config.sequence_length, gpt_config.vocab_size,
                                     run_config.verify_data)
     if dataset.fingerprint != fingerprint:
