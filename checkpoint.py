@@ -73,13 +73,15 @@ def named_tensors(model: torch.nn.Module, optimizers: list) -> tuple[dict, dict]
 
 class Saver:
     """
-    The saves of one run, one at a time: on CUDA written by a thread from a copy in the host's memory, beside the
-    training. A save that fails is a warning; the third of a row, or the run's last, raises CannotWrite.
+    The saves of one run, one at a time, or with `beside` written by a thread from a copy in the host's memory, beside
+    the training. A save that fails is a warning; the third of a row, or the run's last, raises CannotWrite.
     """
 
-    def __init__(self, run: RunDir, keep_last: int, beside: bool, say=print):
-        self.run, self.keep_last, self.say, self.n_failed = run, keep_last, say, 0
-        self.thread, self.in_hand, self.memory = ThreadPoolExecutor(1) if beside else None, None, ({}, {})
+    def __init__(self, run: RunDir, keep_last: int, model: torch.nn.Module, optimizers: list, beside: bool, say=print):
+        self.run, self.keep_last, self.say, self.n_failed, self.in_hand = run, keep_last, say, 0, None
+        self.thread = ThreadPoolExecutor(1) if beside else None
+        if self.thread:  # pinning memory takes a second, in which this process has something else to do
+            self.memory = self.thread.submit(lambda: [host_memory(part) for part in layouts(model, optimizers)])
 
     def save(self, step: int, model: torch.nn.Module, optimizers: list, state: dict, last: bool):
         """Of `step` updates. last: returns when it is on the disk."""
@@ -89,7 +91,7 @@ class Saver:
         try:
             self.run.sync()  # a checkpoint must not be ahead of metrics.jsonl
             if self.thread:
-                tensors = [to_host(part, memory) for part, memory in zip(tensors, self.memory, strict=True)]
+                tensors = [copy_to(memory, part) for memory, part in zip(self.memory.result(), tensors, strict=True)]
                 machine.synchronize(next(model.parameters()).device)
                 self.in_hand = self.thread.submit(save, self.run.path, step, *tensors, state, self.keep_last)
             else:
@@ -141,13 +143,27 @@ def keep_for_replay(run_directory: Path, step: int, model: torch.nn.Module, opti
         say(f"warning: {cannot_write(place, error)}: replay.py has no weights", file=sys.stderr)
 
 
-def to_host(tensors: dict, memory: dict) -> dict:
-    """Copies on the host, in the memory of the last time; they are there when the device is done."""
+def host_memory(layout: dict) -> dict:
+    """A tensor for each, in memory from which and to which a GPU copies beside what else it does."""
+    on_cuda = torch.cuda.is_available()
+    return {name: torch.empty(shape, dtype=dtype, pin_memory=on_cuda) for name, (dtype, shape) in layout.items()}
+
+
+def copy_to(memory: dict, tensors: dict) -> dict:
+    """The memory, which has the tensors' values when the device is done."""
     for name, tensor in tensors.items():
-        if name not in memory:
-            memory[name] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         memory[name].copy_(tensor, non_blocking=True)
     return memory
+
+
+def layouts(model: torch.nn.Module, optimizers: list) -> tuple[dict, dict]:
+    """Dtype and shape of what `named_tensors` gives after an update, by name."""
+    names = {weight: name for name, weight in model.named_parameters()}
+    weights = {name: (weight.dtype, weight.shape) for weight, name in names.items()}
+    moments = {f"{names[weight]}/{key}": (torch.float32, () if key == "step" else weight.shape)
+               for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]
+               for key in STATE[type(optimizer).__name__]}
+    return weights, moments
 
 
 def safetensors_parts(tensors: dict[str, torch.Tensor]):
@@ -273,17 +289,17 @@ def weights_sha256(checkpoint: Path) -> str:
     return json.loads((checkpoint / "manifest.json").read_text())["model.safetensors"]["sha256"]
 
 
-def layout(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Dtype and shape of each tensor in a safetensors file, by name."""
+def fits(path: Path, layout: dict) -> bool:
+    """Whether a safetensors file has what `layouts` says, and nothing else."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-        return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+        found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    return found == {name: (DTYPES[dtype], list(shape)) for name, (dtype, shape) in layout.items()}
 
 
 def check_weights(checkpoint: Path, model: torch.nn.Module):
     """Raises BadOption unless the checkpoint holds the parameters of this model."""
-    expected = {name: (DTYPES[weight.dtype], list(weight.shape)) for name, weight in model.named_parameters()}
-    if layout(checkpoint / "model.safetensors") != expected:
+    if not fits(checkpoint / "model.safetensors", layouts(model, [])[0]):
         raise BadOption(f"{checkpoint} holds the weights of another model")
 
 
@@ -298,17 +314,13 @@ def load_weights(checkpoint: Path, model: torch.nn.Module):
 
 def load_optimizers(checkpoint: Path, model: torch.nn.Module, optimizers: list):
     """As saved, bit for bit, each to its weight's device. Raises BadOption if it is the state of others."""
-    names = {weight: name for name, weight in model.named_parameters()}
-    owned = [(optimizer, weight) for optimizer in optimizers for group in optimizer.param_groups
-             for weight in group["params"]]
-    expected = {f"{names[weight]}/{key}": ("F32", [] if key == "step" else list(weight.shape))
-                for optimizer, weight in owned for key in STATE[type(optimizer).__name__]}
-    if layout(checkpoint / "optim.safetensors") != expected:
+    if not fits(checkpoint / "optim.safetensors", layouts(model, optimizers)[1]):
         raise BadOption(f"{checkpoint} holds the state of another optimizer")
-    saved = load_file(checkpoint / "optim.safetensors")
-    for optimizer, weight in owned:
-        for key in STATE[type(optimizer).__name__]:
-            optimizer.state[weight][key] = saved[f"{names[weight]}/{key}"].to(weight.device)
+    saved, names = load_file(checkpoint / "optim.safetensors"), {w: name for name, w in model.named_parameters()}
+    for optimizer in optimizers:
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            for key in STATE[type(optimizer).__name__]:
+                optimizer.state[weight][key] = saved[f"{names[weight]}/{key}"].to(weight.device)
 
 
 def load_model(checkpoint: Path, device="cpu") -> GPT:

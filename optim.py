@@ -59,7 +59,8 @@ class Muon(torch.optim.Muon):
     def __init__(self, groups: list[dict], lr: float, weight_decay: float, compiled: bool = False):
         super().__init__(groups, lr=lr, weight_decay=weight_decay)
         self.found_inf = torch.zeros((), device=groups[0]["params"][0].device)
-        self.follow, self.move = (compile_static(f) if compiled else f for f in (follow, move))
+        self.follow, self.orthogonal, self.move = (
+            compile_static(f) if compiled else f for f in (follow, orthogonal, move))
 
     @torch.no_grad()
     def step(self):
@@ -70,10 +71,12 @@ class Muon(torch.optim.Muon):
             lr = torch.tensor(group["lr"], dtype=torch.float32)  # a number would be compiled in
             for (rows, columns), weights in same_shape.items():
                 gradients = [weight.grad for weight in weights]
-                buffers = [self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-                           for weight in weights]
+                for weight in weights:
+                    if not self.state[weight]:
+                        self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
                 directions = self.follow(gradients, buffers, group["momentum"], self.found_inf)
-                updates = share(orthogonal, directions.view(-1, rows // parts, columns))
+                updates = share(self.orthogonal, directions.view(-1, rows // parts, columns))
                 scale = math.sqrt(max(1, rows / parts / columns))
                 self.move(weights, updates.reshape(-1, rows, columns), lr, group["weight_decay"], scale, self.found_inf)
 
@@ -122,12 +125,12 @@ def update(model: torch.nn.Module, optimizers: list, loss: torch.Tensor, grad_cl
     on the device, and no host waits: where one of them is not finite, in any process, the kernels of CUDA and CPU leave
     all as it was, in this update and in all that follow.
     """
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    report = torch.stack((loss.float(), grad_norm.float()))
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).float()
+    report = torch.stack((loss.float(), grad_norm))
     if dist.is_initialized() and not alone:
-        shared = report * torch.tensor([1.0, 0.0], device=report.device)  # of a norm that is not finite a NaN
+        shared = torch.stack((loss.float(), 0 * grad_norm))  # NaN, where the norm is not finite
         dist.all_reduce(shared)
-        report = torch.stack((shared[0], report[1] + shared[1]))
+        report = torch.stack((shared[0], grad_norm + shared[1]))
     not_finite = 1 - report.isfinite().all().float()
     for optimizer in optimizers:
         optimizer.found_inf = not_finite.maximum(getattr(optimizer, "found_inf", not_finite))

@@ -243,6 +243,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         checkpoint.load_weights(weights_from, model)
     if compiled:
         model.compile()
+    beside = RANK == 0 and config.save_every > 0 and machine.runs_behind(device)
+    run.saver = checkpoint.Saver(run, config.keep_last, model, optimizers, beside, print0)
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if WORLD_SIZE > 1 else model
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -324,7 +326,6 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     flops_per_update = model.flops_per_token(T) * config.total_batch_tokens
     if config.wandb and RANK == 0:
         run.mirror = rundir.WandbMirror(project="gpt2-variants", name=run.path.name, dir=run.path, config=described)
-    run.saver = checkpoint.Saver(run, config.keep_last, machine.runs_behind(device), print0)
     bar = tqdm(total=config.max_steps, initial=start, unit="step", disable=RANK != 0)
     clock, times, launched = time.perf_counter(), [], []  # times: s, of each step
     step, stopping, cut_short = start, False, False

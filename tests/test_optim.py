@@ -11,7 +11,7 @@ import torch.multiprocessing
 from configs.recipes import TrainConfig
 from configs.variants import variant
 from model import GPT
-from optim import Muon, make_optimizers, orthogonal, schedule, set_learning_rate, share
+from optim import Muon, make_optimizers, orthogonal, schedule, set_learning_rate, share, update
 
 SHAPES = [(8, 8), (8, 32), (32, 8), (8, 8), (24, 8), (32, 8)]  # two of some, in no order
 
@@ -200,3 +200,25 @@ def test_warm_up_stable_decay(fraction, step, expected):
 def test_warm_up_stable_cosine():
     config = replace(SCHEDULE, schedule="cosine", decay_fraction=0.5)
     assert [schedule(config, step) for step in (5, 6, 9, 12)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gpu_no_host_waits_for_an_update(optimizer, fresh_compiler):
+    """Neither of one process nor of several, where torch would say so; else the GPU has nothing to do meanwhile."""
+    model = GPT(replace(variant("tiny"), vocab_size=512)).cuda()
+    optimizers = make_optimizers(model, TrainConfig(optimizer=optimizer), compiled=True)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for alone, mode in (True, "default"), (False, "default"), (True, "error"), (False, "error"):
+            _, loss = model(*torch.randint(512, (2, 2, 16), device="cuda"))
+            loss.backward()
+            torch.cuda.set_sync_debug_mode(mode)
+            update(model, optimizers, loss.detach(), 1.0, alone)
+            torch.cuda.set_sync_debug_mode("default")
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.cuda.set_sync_debug_mode("error")
+            torch.tensor([1.0], device="cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()

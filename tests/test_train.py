@@ -1182,8 +1182,8 @@ def test_a_signal_during_a_save_in_hand_costs_no_other_save(runs, saves, monkeyp
     with monkeypatch.context() as patch:
         made = signal_before_update(patch, in_step)
         if in_step is None:
-            to_host = checkpoint.to_host
-            patch.setattr(checkpoint, "to_host", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), to_host(*a))[1])
+            copy_to = checkpoint.copy_to
+            patch.setattr(checkpoint, "copy_to", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), copy_to(*a))[1])
         assert runs(**options) == 75
     assert saves == steps(runs.path) == [first] and made == list(range(1, (in_step or first) + 1))
     assert status(runs.path) == {"reason": "SIGTERM", "step": first, "code": 75}
