@@ -118,6 +118,8 @@ class Group:
     label: str
     """what sets it apart from the other groups"""
     runs: list[Run]
+    also: str = ""
+    """in what else it differs from some of them"""
 
     @property
     def sound(self) -> list[Run]:
@@ -142,13 +144,21 @@ def group_runs(runs: list[Run], ignore: tuple[str, ...] = ("seed",)) -> list[Gro
     firsts = [group[0] for group in members.values()]
     differing = [name for name in firsts[0].settings if name in RESULT_FIELDS and name not in ignore
                  and any(run.settings[name] != firsts[0].settings[name] for run in firsts)]
-    names = [model_name(run.gpt_config) for run in firsts]
+    models = {model_name(run.gpt_config) for run in firsts}
 
-    def label(run: Run) -> str:
-        parts = [f"{name}={setting_words(name, run.settings[name])}" for name in differing]
-        return "-".join([model_name(run.gpt_config)] * (len(set(names)) > 1 or not parts) + parts)
+    def words(run: Run, names: list[str]) -> list[str]:
+        return [f"{name}={setting_words(name, run.settings[name])}" for name in names]
 
-    return [Group(label(group[0]), group) for group in members.values()]
+    def label(run: Run, names: list[str]) -> str:
+        return "-".join([model_name(run.gpt_config)] * (len(models) > 1 or not names) + words(run, names))
+
+    told = differing
+    for name in differing[::-1]:  # which the others may tell as well
+        rest = [one for one in told if one != name]
+        if len({label(run, rest) for run in firsts}) == len({label(run, told) for run in firsts}):
+            told = rest
+    left = [name for name in differing if name not in told]
+    return [Group(label(group[0], told), group, "-".join(words(group[0], left))) for group in members.values()]
 
 
 def by_rate(runs: list[Run], name: str) -> list[tuple[Group, list[Group]]]:

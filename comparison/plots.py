@@ -6,6 +6,7 @@ quarter more than that of a model that guesses, is drawn there; a run that diver
 import math
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from tqdm import tqdm
@@ -61,6 +62,7 @@ def finish(canvas, axes, path: Path):
         if "tokens" in panel.get_xlabel():
             panel.xaxis.set_major_formatter(EngFormatter(sep=" "))
     handles, labels = axes[0].get_legend_handles_labels()
+    labels = [fill(label, 90) for label in labels]
     canvas.legend(handles, labels, loc="outside lower center", ncols=1 if max(map(len, labels), default=0) > 35 else 2,
                   fontsize=8)
     canvas.savefig(path, pil_kwargs={"optimize": True})
@@ -76,7 +78,7 @@ def plot_loss(groups: list[Group], axis: str, name: str, path: Path):
                 curves.setdefault(step, []).append((x, cut(loss, group)))
         points = [np.array(curves[step]) for step in sorted(curves)]
         x, mean = [point[:, 0].mean() for point in points], [point[:, 1].mean() for point in points]
-        look = {"color": colour(i, len(groups)), "label": f"{group.label}, {len(group.runs)} seeds"}
+        look = {"color": colour(i, len(groups)), "label": f"{group.label}, {len(group.runs)} seed" + "s" * (len(group.runs) > 1)}
         axes[0].plot(x, mean, ".-", markersize=4, **look)
         axes[0].fill_between(x, [point[:, 1].min() for point in points], [point[:, 1].max() for point in points],
                              color=look["color"], alpha=0.2, linewidth=0)
@@ -131,4 +133,8 @@ def plot_rates(groups: list[Group], name: str, tokens: float, path: Path):
     axes[0].set(xscale="log", xlabel=name.replace("_", " "), ylabel="validation loss, nats",
                 title=f"After {tokens:,.0f} tokens: mean and range of the seeds (x: diverged)")
     axes[0].margins(0.1, 0.1 + 0.03 * len(lines))
+    rates = sorted({run.settings[name] for line, _ in lines for run in line.runs} - {0})
+    if len(rates) <= FEW:
+        axes[0].set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes[0].set_xticks([], minor=True)
     finish(canvas, axes, path)

@@ -120,6 +120,8 @@ def print_report(report: dict, groups: list[Group]):
     print(f"Runs: {len(runs)}, groups: {len(groups)}, trained on {first.data} "
           f"({first.config['settings']['data'][:12]}), T = {T:,}, validated on {first.val_targets:,} targets. "
           "Loss in nats, mean ± standard deviation over seeds.")
+    for also in dict.fromkeys(group.also for group in groups if group.also):
+        print(f"- `{also}`: " + ", ".join(f"`{group.label}`" for group in groups if group.also == also))
     for axis, (words, form) in AXES.items():
         found = report["at_equal"][axis]
         sizes = {model_size(run.gpt_config, T)[1] for run in runs}

@@ -226,6 +226,23 @@ def test_groups_and_labels(tmp_path):
     assert [group.label for group in by_rate] == names
 
 
+def test_a_label_has_no_more_than_sets_it_apart(tmp_path, capsys):
+    """What goes with the rest is said once, above the tables."""
+    for seed in 0, 1:
+        for name, rate, clip in ("adamw", 1e-3, 1.0), ("adamw", 3e-3, 1.0), ("muon", 3e-3, 0.0):
+            write_run(tmp_path / f"{name}{rate}{seed}", [4.0 + 0.1 * seed], seed, optimizer=name, learning_rate=rate,
+                      grad_clip=clip)
+    groups = group_runs([read_run(path) for path in find_runs([str(tmp_path)], "runs")])
+    labels = [f"optimizer=adamw-learning_rate={rate}" for rate in (1e-3, 3e-3)] + ["optimizer=muon-learning_rate=0.003"]
+    assert [(group.label, group.also) for group in groups] == list(
+        zip(labels, ["grad_clip=1.0", "grad_clip=1.0", "grad_clip=0.0"], strict=True))
+    assert compare.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"\n- `grad_clip=1.0`: `{labels[0]}`, `{labels[1]}`\n- `grad_clip=0.0`: `{labels[2]}`\n" in out
+    two = group_runs(groups[0].runs + groups[2].runs)
+    assert [group.label for group in two] == ["optimizer=adamw", "optimizer=muon"]
+
+
 def write_sweep(folder, groups):
     """Runs `<place of the group>-<seed>` of groups (model, learning rate, losses by seed)."""
     for i, (model, rate, losses) in enumerate(groups):
