@@ -78,7 +78,8 @@ def plot_loss(groups: list[Group], axis: str, name: str, path: Path):
                 curves.setdefault(step, []).append((x, cut(loss, group)))
         points = [np.array(curves[step]) for step in sorted(curves)]
         x, mean = [point[:, 0].mean() for point in points], [point[:, 1].mean() for point in points]
-        look = {"color": colour(i, len(groups)), "label": f"{group.label}, {len(group.runs)} seed" + "s" * (len(group.runs) > 1)}
+        look = {"color": colour(i, len(groups)),
+                "label": f"{group.label}, {len(group.runs)} seed" + "s" * (len(group.runs) > 1)}
         axes[0].plot(x, mean, ".-", markersize=4, **look)
         axes[0].fill_between(x, [point[:, 1].min() for point in points], [point[:, 1].max() for point in points],
                              color=look["color"], alpha=0.2, linewidth=0)

@@ -40,7 +40,7 @@ def compile_static(function, **options):
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(autocast_dtype, ("cuda", "cpu"))
         key = (modes, *map(signature, arguments))
         try:
-            with (torch.compiler.set_stance("fail_on_recompile" if key in seen else "default"),
+            with (torch.compiler.set_stance("fail_on_recompile") if key in seen else
                   torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True)):
                 result = compiled(*arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
