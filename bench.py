@@ -46,14 +46,12 @@ from kernels.attention import forget_compiled
 from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
 from optim import make_optimizers, update
-from processes import check_variables, end_with_torchrun
+from processes import check_variables, end_with_torchrun, rank_and_world_size
 from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, writing
 
-# torchrun sets these; without it there is one process
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD_SIZE = rank_and_world_size()
 WARMUP_STEPS, PROFILED_STEPS = 5, 3
 ROUNDS = 4  # turns of each setting, where there are two
-SIZE = ("n_layer", "n_head", "n_embd", "vocab_size")  # what another file's model shares with ours
 DEFAULTS = {"cuda": {"model": "d12", "batch_size": 64, "sequence_length": 1024},
             "cpu": {"model": "tiny", "batch_size": 2, "sequence_length": 64}}
 
@@ -105,6 +103,11 @@ class BenchConfig:
     def tokens(self) -> int:
         """In a step."""
         return self.batch_size * self.sequence_length
+
+    @property
+    def size(self) -> dict[str, int]:
+        """What another file's model shares with ours."""
+        return {name: getattr(self.gpt, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
 
     def check(self, device: torch.device):
         """ValueError where the window is too long or a kernel cannot serve on the device."""
@@ -161,9 +164,8 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
         raise ValueError(f"--against {config.against}: no such file")
     configs = [config]
     if config.against is not None:
-        size = {name: getattr(config.gpt, name) for name in SIZE}
-        configs.insert(0, replace(config, way="against", gpt=GPTConfig(**size), window_backend=None, kernels=None,
-                                  recompute_gelu=False, optimizer="adamw"))
+        configs.insert(0, replace(config, way="against", gpt=GPTConfig(**config.size), window_backend=None,
+                                  kernels=None, recompute_gelu=False, optimizer="adamw"))
     if WORLD_SIZE > 1:
         check_variables(RANK, WORLD_SIZE)
         if config.optimizer == "muon":
@@ -220,8 +222,8 @@ def other_model(config: BenchConfig):
         spec = importlib.util.spec_from_file_location("against", config.against)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        size = {name: getattr(config.gpt, name) for name in SIZE}
-        return module.GPT(module.GPTConfig(block_size=config.sequence_length, dropout=0.0, bias=False, **size))
+        options = {"block_size": config.sequence_length, "dropout": 0.0, "bias": False}
+        return module.GPT(module.GPTConfig(**options, **config.size))
     except (AttributeError, ImportError, SyntaxError, TypeError) as error:
         raise ValueError(f"--against {config.against} has no model like nanoGPT's: {error}") from error
 

@@ -73,8 +73,8 @@ def named_tensors(model: torch.nn.Module, optimizers: list) -> tuple[dict, dict]
 
 class Saver:
     """
-    The saves of one run, one at a time, or with `beside` written by a thread from a copy in the host's memory, beside
-    the training. A save that fails is a warning; the third of a row, or the run's last, raises CannotWrite.
+    The saves of one run, one at a time; beside: written by a thread, from a copy in the host's memory, while the
+    training goes on. A save that fails is a warning; the third of a row, or the run's last, raises CannotWrite.
     """
 
     def __init__(self, run: RunDir, keep_last: int, model: torch.nn.Module, optimizers: list, beside: bool, say=print):
@@ -158,12 +158,19 @@ def copy_to(memory: dict, tensors: dict) -> dict:
 
 def layouts(model: torch.nn.Module, optimizers: list) -> tuple[dict, dict]:
     """Dtype and shape of what `named_tensors` gives after an update, by name."""
-    names = {weight: name for name, weight in model.named_parameters()}
-    weights = {name: (weight.dtype, weight.shape) for weight, name in names.items()}
-    moments = {f"{names[weight]}/{key}": (torch.float32, () if key == "step" else weight.shape)
-               for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]
-               for key in STATE[type(optimizer).__name__]}
+    weights = {name: (weight.dtype, weight.shape) for name, weight in model.named_parameters()}
+    moments = {name: (torch.float32, () if key == "step" else weight.shape)
+               for name, key, weight, _ in named_moments(model, optimizers)}
     return weights, moments
+
+
+def named_moments(model: torch.nn.Module, optimizers: list):
+    """(Name as in `named_tensors`, key, weight, optimizer) of all that the optimizers keep after an update."""
+    names = {weight: name for name, weight in model.named_parameters()}
+    for optimizer in optimizers:
+        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+            for key in STATE[type(optimizer).__name__]:
+                yield f"{names[weight]}/{key}", key, weight, optimizer
 
 
 def safetensors_parts(tensors: dict[str, torch.Tensor]):
@@ -289,7 +296,7 @@ def weights_sha256(checkpoint: Path) -> str:
     return json.loads((checkpoint / "manifest.json").read_text())["model.safetensors"]["sha256"]
 
 
-def fits(path: Path, layout: dict) -> bool:
+def has_layout(path: Path, layout: dict) -> bool:
     """Whether a safetensors file has what `layouts` says, and nothing else."""
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no dict)
@@ -299,7 +306,7 @@ def fits(path: Path, layout: dict) -> bool:
 
 def check_weights(checkpoint: Path, model: torch.nn.Module):
     """Raises BadOption unless the checkpoint holds the parameters of this model."""
-    if not fits(checkpoint / "model.safetensors", layouts(model, [])[0]):
+    if not has_layout(checkpoint / "model.safetensors", layouts(model, [])[0]):
         raise BadOption(f"{checkpoint} holds the weights of another model")
 
 
@@ -314,13 +321,11 @@ def load_weights(checkpoint: Path, model: torch.nn.Module):
 
 def load_optimizers(checkpoint: Path, model: torch.nn.Module, optimizers: list):
     """As saved, bit for bit, each to its weight's device. Raises BadOption if it is the state of others."""
-    if not fits(checkpoint / "optim.safetensors", layouts(model, optimizers)[1]):
+    if not has_layout(checkpoint / "optim.safetensors", layouts(model, optimizers)[1]):
         raise BadOption(f"{checkpoint} holds the state of another optimizer")
-    saved, names = load_file(checkpoint / "optim.safetensors"), {w: name for name, w in model.named_parameters()}
-    for optimizer in optimizers:
-        for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-            for key in STATE[type(optimizer).__name__]:
-                optimizer.state[weight][key] = saved[f"{names[weight]}/{key}"].to(weight.device)
+    saved = load_file(checkpoint / "optim.safetensors")
+    for name, key, weight, optimizer in named_moments(model, optimizers):
+        optimizer.state[weight][key] = saved[name].to(weight.device)
 
 
 def load_model(checkpoint: Path, device="cpu") -> GPT:

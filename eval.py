@@ -15,7 +15,6 @@ present but none valid, 5 cannot write, 6 a score is not finite, 7 missing, empt
 """
 
 import math
-import os
 import sys
 import traceback
 from dataclasses import dataclass, replace
@@ -220,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
     processes.end_with_torchrun()
     config = tyro.cli(EvalConfig, args=arguments, description=__doc__.strip(), use_underscores=True)
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = processes.rank_and_world_size()
     try:
         processes.check_variables(rank, world_size)
     except ValueError as error:

@@ -40,6 +40,11 @@ def end_with_torchrun():
                 pass
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """torchrun sets them in the environment; without it there is one process."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def check_variables(rank: int, world_size: int):
     """ValueError where RANK and WORLD_SIZE come from something else than torchrun."""
     if rank >= world_size or (world_size > 1 and "MASTER_ADDR" not in os.environ):

@@ -49,8 +49,7 @@ from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
 from optim import make_optimizers, set_learning_rate, update
 
-# torchrun sets these; without it there is one process
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD_SIZE = processes.rank_and_world_size()
 
 # -----------------------------------------------------------------------------
 # options

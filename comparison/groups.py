@@ -152,10 +152,10 @@ def group_runs(runs: list[Run], ignore: tuple[str, ...] = ("seed",)) -> list[Gro
     def label(run: Run, names: list[str]) -> str:
         return "-".join([model_name(run.gpt_config)] * (len(models) > 1 or not names) + words(run, names))
 
-    told = differing
+    told, n_labels = differing, len({label(run, differing) for run in firsts})
     for name in differing[::-1]:  # which the others may tell as well
         rest = [one for one in told if one != name]
-        if len({label(run, rest) for run in firsts}) == len({label(run, told) for run in firsts}):
+        if len({label(run, rest) for run in firsts}) == n_labels:
             told = rest
     left = [name for name in differing if name not in told]
     return [Group(label(group[0], told), group, "-".join(words(group[0], left))) for group in members.values()]

@@ -146,6 +146,12 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
+def untimed(run: Path) -> list[dict]:
+    """The rows of metrics.jsonl without what may differ between runs that are the same."""
+    timed = {"time_s", "step_ms", "tokens_per_s", "mfu", "peak_mib"}
+    return [{key: value for key, value in row.items() if key not in timed} for row in metrics(run)]
+
+
 def assert_same_result(actual: Path, expected: Path):
     """
     To the last bit: the newest weights and optimizer state, and all that metrics.jsonl has apart from times and what is
@@ -154,9 +160,7 @@ def assert_same_result(actual: Path, expected: Path):
     assert steps(actual)[-1] == steps(expected)[-1]
     x, y = (tensors(run / f"step-{steps(run)[-1]:08d}") for run in (actual, expected))
     assert digest(x) == digest(y), different(x, y)
-    timed = {"time_s", "step_ms", "tokens_per_s", "mfu", "peak_mib"}
-    rows, expected_rows = ([json.dumps({key: value for key, value in row.items() if key not in timed})
-                            for row in metrics(run)] for run in (actual, expected))
+    rows, expected_rows = (list(map(json.dumps, untimed(run))) for run in (actual, expected))
     assert rows == expected_rows
     assert [row["step"] for row in metrics(actual)] == list(range(1, len(rows) + 1))
 

@@ -37,7 +37,6 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from safetensors.torch import load_file
 
 import checkpoint
 import machine
@@ -46,9 +45,9 @@ from data.shards import write_shard
 from files import for_json, write_json
 from rundir import LOST, git, read_json
 from tests.faults.publish import upper_bound
+from tests.small import digest, metrics, tensors, untimed
 
 ROOT = Path(__file__).parent.parent.parent
-TIMED = {"time_s", "step_ms", "tokens_per_s", "mfu", "peak_mib"}  # in metrics.jsonl; of a resumed run they may differ
 DETERMINISTIC = {"deterministic": True}
 MOST_OF_A_SAVE = 0.05  # of its time, that the steps beside it may lose
 DEADLINE = "ended by the deadline"
@@ -214,21 +213,11 @@ def tail(run: Path) -> str:
     return run.with_suffix(".log").read_text(errors="replace")[-1500:]
 
 
-def rows(run: Path) -> list[dict]:
-    with suppress(OSError):
-        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return []
-
-
 def outcome(run: Path) -> dict:
-    """What two runs are compared by: the sha256 of each tensor of the last checkpoint, and the log without times."""
-    newest, tensors = checkpoint.list_checkpoints(run)[0], {}
-    for name in "model.safetensors", "optim.safetensors":
-        for key, tensor in load_file(newest / name).items():
-            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-            tensors[f"{name} {key} {tensor.dtype} {list(tensor.shape)}"] = hashlib.sha256(data).hexdigest()
-    log = [{key: value for key, value in row.items() if key not in TIMED} for row in rows(run)]
-    return {"step": checkpoint.step_of(newest), "tensors": tensors, "rows": log}
+    """What two runs are compared by: a digest of each tensor of the last checkpoint, and the log without times."""
+    newest = checkpoint.list_checkpoints(run)[0]
+    digests = {name: digest({name: tensor}) for name, tensor in tensors(newest).items()}
+    return {"step": checkpoint.step_of(newest), "tensors": digests, "rows": untimed(run)}
 
 
 def compared(actual: dict | None, expected: dict | None) -> dict | None:
@@ -332,7 +321,7 @@ def cost(lab: Lab, place: Path, gpus: str, model: str) -> dict:
             n += 1
             lab.run(place / f"run{n}", gpus, f"first {model} adamw {name}", model=model, **options,
                     val_every=0, save_every=0)
-            found[name].append(statistics.median(row["step_ms"] for row in rows(place / f"run{n}")[10:]))
+            found[name].append(statistics.median(row["step_ms"] for row in metrics(place / f"run{n}")[10:]))
     return {"ms": found}
 
 
