@@ -36,6 +36,7 @@ import sample
 import sweep
 import test_memory
 import train_gpt2
+from configs.recipes import TrainConfig
 from data.shards import open_dataset, run_command
 from model import GPTConfig
 from tests.faults.table import row
@@ -415,7 +416,8 @@ def test_text(place, counts, drawn):
 
 NAIVE = {  # (a file, what one does with it who believes it)
     "manifest.json": lambda value: [value[name]["bytes"] + len(value[name]["sha256"]) for name in checkpoint.FILES],
-    "state.json": lambda value: (value["step"] + 1, GPTConfig(**value["model_config"]), value["settings"].items()),
+    "state.json": lambda value: (value["step"] + 1, GPTConfig(**value["model_config"]), value["batch_size"] + 1,
+                                 TrainConfig(**value["train_config"]), value["settings"]["data"].upper()),
     "status.json": lambda value: (value["step"] + 1, value["reason"].upper()),
     "metrics.jsonl": lambda value: value["time_s"] + value["step"],
     "data": lambda value: [(shard["file"].upper(), shard["tokens"] + 1) for shard in value["shards"]],
@@ -435,7 +437,7 @@ def test_who_believes_these_files_fails(place, name):
     NAIVE[name](json.loads(valid))
     failed = []
 
-    @fuzz(100, drawn=st.data())
+    @fuzz(300, drawn=st.data())
     def read(drawn):
         try:
             NAIVE[name](json.loads(contents(drawn.draw, valid)))
@@ -447,7 +449,7 @@ def test_who_believes_these_files_fails(place, name):
     with row(f"fuzzed: {NAIVE_ROWS[name]}") as counts:
         for one in failed:
             counts.control(one)
-        assert counts.naive_failed > counts.naive_tried / 3
+        assert counts.naive_failed > counts.naive_tried / 2
 
 
 @fuzz(300, drawn=st.data())
