@@ -143,8 +143,10 @@ class RunDir:
     def lacks_evaluation(self, step: int) -> bool:
         """Whether the run was ended, in another way than in good order, before this update was evaluated."""
         lines = read_text(self.path / "metrics.jsonl").splitlines()[:step]
-        lacks = len(lines) == step and "val_loss" not in parse_object(lines[-1])
-        return lacks and read_json(self.path / "status.json").get("code") != DONE
+        return len(lines) == step and "val_loss" not in parse_object(lines[-1]) and not self.ended_well()
+
+    def ended_well(self) -> bool:
+        return read_json(self.path / "status.json").get("code") == DONE
 
     def open_metrics(self, step: int) -> float:
         """

@@ -215,7 +215,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     last_step = min(config.max_steps, config.stop_after or config.max_steps)
     if start >= last_step and not lacks_evaluation:
         print0(f"{run.path}: {'finished' if start == config.max_steps else 'stopped'} at step {start}")
-        if RANK == 0 and not (run.path / "status.json").exists():  # killed after the last save
+        if RANK == 0 and not run.ended_well():  # a process was killed after the last save
             checkpoint.tidy(run.path, start)
             run.open_metrics(start)
             run.begun = True

@@ -37,12 +37,13 @@ from model import GPT  # noqa: E402
 
 class Fault:
     """
-    rank, step: where, step counted from 1. place: "set-up", "forward", "update", "evaluation" or "save" (which only
-    rank 0 does); None for none. signals: sent to the ranks in `to`; "hang" waits for ever. slow: seconds that each
-    visit to a place takes, from `step` or `slow_from` on. without: "handler" of signals, "watch" for other processes,
-    "check" for what is not finite, or "order" of the data that is the same for every number of processes. poison: what
-    is not finite from `step` on, by this factor: "loss", "gradient" of one weight, "sum" of it over the processes, or
-    "weight". beside: as on a GPU, saves are written by a thread and the loop is a step ahead of its log.
+    rank, step: where, step counted from 1. place: "set-up", "forward", "update", "evaluation", "save" (which only rank
+    0 does) or, after the last, "shutdown"; None for none. signals: sent to the ranks in `to`; "hang" waits for ever.
+    slow: seconds that each visit to a place takes, from `step` or `slow_from` on. without: "handler" of signals,
+    "watch" for other processes, "check" for what is not finite, or "order" of the data that is the same for every
+    number of processes. poison: what is not finite from `step` on, by this factor: "loss", "gradient" of one weight,
+    "sum" of it over the processes, or "weight". beside: as on a GPU, saves are written by a thread and the loop is a
+    step ahead of its log.
     """
 
     def __init__(self, note: Path, rank=0, step=1, place=None, signals=(), to=None, slow=(), without=(), poison=None,
@@ -71,7 +72,7 @@ class Fault:
         self.install()
 
     def visit(self, place: str):
-        """Here the process is at this place of step `done` + 1 (of step `done`: update, evaluation and save)."""
+        """Here the process is at this place of step `done` + 1 (of step `done`: update and all that follow)."""
         step = (self.done or 0) + (place in ("set-up", "forward"))
         if self.mine and place == self.place and (place == "set-up" or step == self.step):
             self.mine = False
@@ -90,6 +91,7 @@ class Fault:
     def install(self):
         run, evaluate, rate = GPT.run, train_gpt2.evaluate, train_gpt2.set_learning_rate
         kernels, parts, micro_batch = machine.attention_kernels, checkpoint.safetensors_parts, train_gpt2.micro_batch
+        end = processes.Others.end
 
         def watched_kernels(rehearse, device):  # calls the model too, before the first step
             self.visit("set-up")
@@ -126,6 +128,10 @@ class Fault:
             yield from parts(tensors)
             self.visit("save")
 
+        def watched_end(*arguments, **options):
+            self.visit("shutdown")
+            end(*arguments, **options)
+
         def watched_micro_batch(*arguments):
             windows = micro_batch(*arguments)
             with open(self.note / f"windows-{train_gpt2.RANK}", "a") as file:
@@ -134,7 +140,7 @@ class Fault:
 
         machine.attention_kernels, checkpoint.safetensors_parts = watched_kernels, watched_parts
         GPT.run, train_gpt2.set_learning_rate, train_gpt2.evaluate = watched_run, watched_rate, watched_evaluate
-        train_gpt2.micro_batch = watched_micro_batch
+        train_gpt2.micro_batch, processes.Others.end = watched_micro_batch, watched_end
 
 
 def naive_update(model, optimizers, loss, grad_clip):

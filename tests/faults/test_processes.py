@@ -188,9 +188,10 @@ def test_sigterm_without_the_handler_saves_nothing(place, where, step, fault):
 # -----------------------------------------------------------------------------
 # SIGKILL of a process
 
-SLOW = {"evaluation": 8.0, "save": 8.0}  # longer than the others may live
+SLOW = {"evaluation", "save", "shutdown"}  # take 8 s: longer than the others may live
 KILLS = [("set-up", 1, 1, [1]), ("forward", 1, 0, [0]), ("forward", 3, 2, [2]), ("update", 3, 0, [0]),
-         ("update", 5, 1, [1]), ("evaluation", 3, 1, [1]), ("save", 4, 0, [0]), ("save", 4, 0, [2])]
+         ("update", 5, 1, [1]), ("evaluation", 3, 1, [1]), ("save", 4, 0, [0]), ("save", 4, 0, [2]),
+         ("shutdown", 8, 0, [2])]
 
 
 def check_lost(ranks, killed, named=True):
@@ -204,11 +205,10 @@ def check_lost(ranks, killed, named=True):
 def test_sigkill_of_a_process(place, wholes, at):
     """Nobody but the processes themselves ends the others, whatever they are in."""
     where, step, rank, killed = at
-    slow = SLOW if where in SLOW and rank not in killed else {}
     with row(f"SIGKILL of one of 3 processes in {where}") as counts:
         counts.injected += 1
         ranks = place.start(3, place=where, step=step, rank=rank, to=killed, signals=["SIGKILL"],
-                            slow={where: 8.0} if slow else {})
+                            slow={where: 8.0} if where in SLOW and rank not in killed else {})
         counts.took(place.check_gone(ranks, ranks.injected()))
         check_lost(ranks, killed)
         if 0 not in killed:
