@@ -54,6 +54,8 @@ class GPTConfig:
     """x + norm(f(norm(x))), norm on both sides of attention and MLP (Peri-LN, arXiv 2502.02732)"""
     qk_norm: bool = False
     """RMSNorm on each head's q and k, before the rotary embedding (arXiv 2302.05442)"""
+    attention_scale: float | None = None
+    """s: attention is softmax(s q k^T) v; None is 1 / sqrt(D), with which qk_norm leaves no score above sqrt(D)"""
     window_size: int | None = None
     """W: a query sees W keys, its own included (q_idx - kv_idx < W); None is full causal attention"""
     window_pattern: str = "S"
@@ -84,9 +86,10 @@ class GPTConfig:
                 raise ValueError(f"window_pattern={self.window_pattern!r} must consist of S and L, with at least one S")
             if len(self.window_pattern) > self.n_layer:
                 raise ValueError(f"window_pattern={self.window_pattern!r} is longer than n_layer={self.n_layer}")
-
-        if self.logit_softcap is not None and not 0 < self.logit_softcap <= 1e4:
-            raise ValueError(f"logit_softcap={self.logit_softcap} must lie above 0, up to 10000")
+        for name in "attention_scale", "logit_softcap":
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1e4:
+                raise ValueError(f"{name}={value} must lie above 0, up to 10000")
 
     @property
     def head_dim(self) -> int:
@@ -194,12 +197,13 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.parts = PLAIN  # execution only, see GPT.forward
         self.n_head, self.head_dim, self.qk_norm = config.n_head, config.head_dim, config.qk_norm
+        self.attention_scale = config.attention_scale
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # rows: q, k, v
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def attend(self, q, k, v):
-        """softmax(q k^T / sqrt(D)) v over the keys that each query sees; q, k, v and the result are (B, H, T, D)."""
-        return causal_attention(q, k, v)
+        """softmax(s q k^T) v over the keys that each query sees; q, k, v and the result are (B, H, T, D)."""
+        return causal_attention(q, k, v, self.attention_scale)
 
     def forward(self, x, cos, sin, cache=None):
         """x and the result: (B, T, C); cos, sin: (T, D / 2); cache: takes the place of `attend` when sampling."""
@@ -225,7 +229,7 @@ class SlidingWindowAttention(CausalSelfAttention):
         self.tables = window_tables(backend, B, T, self.window_size, self.head_dim, device, dtype)
 
     def attend(self, q, k, v):
-        return WINDOW_ATTENTION[self.backend](q, k, v, self.window_size, **self.tables)
+        return WINDOW_ATTENTION[self.backend](q, k, v, self.window_size, self.attention_scale, **self.tables)
 
 
 class MLP(nn.Module):

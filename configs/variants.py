@@ -24,6 +24,8 @@ def model_name(config: GPTConfig) -> str:
         name += "_post_norm" if config.pre_norm else "_olmo2_norm"
     if config.qk_norm:
         name += "_qk_norm"
+    if config.attention_scale is not None:
+        name += f"_scale{config.attention_scale:g}"
     if config.window_size is not None:
         name += f"_window{config.window_size}"
     if config.window_pattern != "S":
@@ -34,8 +36,8 @@ def model_name(config: GPTConfig) -> str:
         name += "_untied"
     if config.logit_softcap is not None:
         name += f"_softcap{config.logit_softcap:g}"
-    in_name = {"n_layer", "n_head", "n_embd", "pre_norm", "post_norm", "qk_norm", "window_size", "window_pattern",
-               "mlp_activation", "untie", "logit_softcap"}
+    in_name = {"n_layer", "n_head", "n_embd", "pre_norm", "post_norm", "qk_norm", "attention_scale", "window_size",
+               "window_pattern", "mlp_activation", "untie", "logit_softcap"}
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in in_name and value != field.default:
@@ -57,6 +59,7 @@ def variants() -> dict[str, GPTConfig]:
         replace(hybrid, window_size=256),
         replace(hybrid, window_size=1024),
         replace(hybrid, window_size=256, window_pattern="SSSL"),
+        replace(d12, qk_norm=True, attention_scale=0.25),
         replace(d12, mlp_activation="relu2"),
         replace(d12, untie=True),
         replace(d12, logit_softcap=15.0),

@@ -1,9 +1,9 @@
 """
 The kernels behind model.py's attention: one definition for full causal attention, three for a causal window.
 
-Every function here gives softmax(q k^T / sqrt(D)) v over the keys that each query sees, for q, k, v and a result of
-(B, H, T, D). Which kernel computes it is never left to chance: one that cannot serve raises ValueError, one that would
-run in a slow form raises SlowPath.
+Every function here gives softmax(scale q k^T) v over the keys that each query sees, for q, k, v and a result of
+(B, H, T, D); scale: None is 1 / sqrt(D). Which kernel computes it is never left to chance: one that cannot serve raises
+ValueError, one that would run in a slow form raises SlowPath.
 
 Shapes: B batch, T tokens in a sequence, H heads, D head_dim, W window_size.
 """
@@ -63,9 +63,9 @@ def use_sdpa(choice: SDPBackend | None):
         yield
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, scale=None):
     """Full causal attention by the kernel of the context `use_sdpa`."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
 
 # -----------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def choose_window_backend(name: str | None, head_dim: int, device: torch.device,
 
 
 def window_tables(backend: str, B: int, T: int, W: int, head_dim: int, device: torch.device, dtype: torch.dtype):
-    """The keyword arguments, beside q, k, v and W, of the back end's function: made once per shape, outside graphs."""
+    """What the back end's function takes beside q, k, v, W and scale: made once per shape, outside graphs."""
     if backend == "flex":
         return {"block_mask": window_block_mask(T, W, device), "kernel_options": flex_options(head_dim, device, dtype)}
     return {"sequence_starts": sequence_starts(B, T, device)} if backend == "flash" else {}
@@ -107,15 +107,16 @@ def window_tables(backend: str, B: int, T: int, W: int, head_dim: int, device: t
 # --- flex: torch's flex_attention, a kernel generated for the block mask ---
 
 
-def flex_window_attention(q, k, v, W, block_mask, kernel_options):
+def flex_window_attention(q, k, v, W, scale=None, *, block_mask, kernel_options):
     """flex_attention, fused: compiled with what surrounds it, or on its own where that is not compiled."""
     attend = flex if torch.compiler.is_compiling() else compiled_flex()
-    return attend(q, k, v, W, block_mask, kernel_options).transpose(1, 2)
+    return attend(q, k, v, W, scale, block_mask, kernel_options).transpose(1, 2)
 
 
-def flex(q, k, v, W, block_mask, kernel_options):
+def flex(q, k, v, W, scale, block_mask, kernel_options):
     """(B, T, H, D), as it lies in memory: autograd copies the gradient of what is not contiguous into such a form."""
-    return flex_attention(q, k, v, block_mask=block_mask, kernel_options=kernel_options).transpose(1, 2)
+    y = flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=kernel_options)
+    return y.transpose(1, 2)
 
 
 @functools.cache
@@ -180,13 +181,13 @@ def window_block_mask(T: int, W: int, device: torch.device) -> BlockMask:
 # --- flash: FlashAttention as built into torch, or as activated there by the user ---
 
 
-def flash_window_attention(q, k, v, W, sequence_starts):
+def flash_window_attention(q, k, v, W, scale=None, *, sequence_starts):
     """varlen_attn over the B sequences as one; its window counts the keys before the query's own."""
     from torch.nn.attention.varlen import varlen_attn  # a second of imports, most of them torch.compile's
 
     B, _, T, _ = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B, H, T, D) -> (B T, H, D)
-    y = varlen_attn(q, k, v, sequence_starts, sequence_starts, T, T, window_size=(W - 1, 0))
+    y = varlen_attn(q, k, v, sequence_starts, sequence_starts, T, T, scale=scale, window_size=(W - 1, 0))
     return y.unflatten(0, (B, T)).transpose(1, 2)  # (B T, H, D) -> (B, H, T, D)
 
 
@@ -199,13 +200,13 @@ def sequence_starts(B: int, T: int, device: torch.device):
 # --- blocked: scaled_dot_product_attention on blocks, for every device and dtype ---
 
 
-def blocked_window_attention(q, k, v, W):
+def blocked_window_attention(q, k, v, W, scale=None):
     """
     Exact causal window out of scaled_dot_product_attention, linear in T, with gradients on every device.
     Queries go in blocks of W; each block sees its own and the previous block of keys.
     """
     B, H, T, D = q.shape
-    first = causal_attention(q[:, :, :W], k[:, :, :W], v[:, :, :W])
+    first = causal_attention(q[:, :, :W], k[:, :, :W], v[:, :, :W], scale)
     if T <= W:
         return first
     n_block = -(-T // W) - 1  # blocks after the first
@@ -222,7 +223,7 @@ def blocked_window_attention(q, k, v, W):
     q_idx, kv_idx = torch.arange(W, 2 * W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
     mask = (q_idx >= kv_idx) & (q_idx - kv_idx < W)  # (W, 2 W)
     rest = F.scaled_dot_product_attention(
-        to_batch(blocks(q)[:, :, 1:]), to_batch(pairs(k)), to_batch(pairs(v)), attn_mask=mask
+        to_batch(blocks(q)[:, :, 1:]), to_batch(pairs(k)), to_batch(pairs(v)), attn_mask=mask, scale=scale
     )  # (B n_block, H, W, D)
     rest = rest.view(B, n_block, H, W, D).transpose(1, 2).reshape(B, H, n_block * W, D)
     return torch.cat((first, rest[:, :, : T - W]), dim=2)

@@ -18,9 +18,10 @@ CHUNK_TOKENS = 256  # of a prompt at a time: what bounds the memory of the score
 class LayerCache:
     """Keys and values of one layer: the token at position p is in entry p % S, and S is W in a windowed layer."""
 
-    def __init__(self, n_entries: int, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype):
+    def __init__(self, n_entries: int, shape: tuple[int, int, int], scale: float | None, device: torch.device,
+                 dtype: torch.dtype):
         B, H, D = shape
-        self.n_entries = n_entries
+        self.n_entries, self.scale = n_entries, scale or 1 / math.sqrt(D)
         self.keys = torch.zeros(B, H, n_entries, D, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.entry = self.visible = None  # of the tokens that come, see `places`
@@ -33,7 +34,7 @@ class LayerCache:
             keys, values = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
         self.keys.index_copy_(2, self.entry, k[:, :, -n_stored:])
         self.values.index_copy_(2, self.entry, v[:, :, -n_stored:])
-        score = (q @ keys.transpose(2, 3)).float() / math.sqrt(q.size(3))
+        score = (q @ keys.transpose(2, 3)).float() * self.scale
         weight = score.masked_fill(~self.visible, -math.inf).softmax(dim=3)
         return weight.to(values.dtype) @ values
 
@@ -65,7 +66,7 @@ class KVCache:
         shape = (batch_size, config.n_head, config.head_dim)
         whole = math.ceil(max_tokens / 128) * 128  # matrix products over an odd number of entries are slow
         sizes = [min(config.layer_window(layer) or whole, whole) for layer in range(config.n_layer)]
-        self.layers = [LayerCache(size, shape, weight.device, weight.dtype) for size in sizes]
+        self.layers = [LayerCache(size, shape, config.attention_scale, weight.device, weight.dtype) for size in sizes]
         self.model, self.device, self.max_tokens, self.n_tokens = model, weight.device, max_tokens, 0
         self.step = compile_static(self.run) if compiled else self.run
         self.graph = None

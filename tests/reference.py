@@ -11,7 +11,7 @@ import torch
 
 # The fields of GPTConfig that the equations below know; a variant that sets another one has no reference here.
 KNOWN_FIELDS = {"n_layer", "n_head", "n_embd", "vocab_size",
-                "pre_norm", "post_norm", "qk_norm", "window_size", "window_pattern",
+                "pre_norm", "post_norm", "qk_norm", "attention_scale", "window_size", "window_pattern",
                 "mlp_activation", "untie", "logit_softcap"}
 
 
@@ -38,10 +38,10 @@ def visible(T, window):
     return torch.tensor([[s <= t and (window is None or t - s < window) for s in range(T)] for t in range(T)])
 
 
-def attention(q, k, v, window):
-    """softmax(q k^T / sqrt(D)) v over the visible keys, in the dtype and on the device of q. (..., T, D)."""
+def attention(q, k, v, window, scale=None):
+    """softmax(scale q k^T) v over the visible keys, in the dtype and on the device of q. (..., T, D)."""
     T, D = q.shape[-2:]
-    score = q @ k.transpose(-1, -2) / math.sqrt(D)
+    score = q @ k.transpose(-1, -2) * (scale or D**-0.5)
     score = score.masked_fill(~visible(T, window).to(q.device), -math.inf)
     weight = (score - score.amax(-1, keepdim=True)).exp()
     return weight / weight.sum(-1, keepdim=True) @ v
@@ -64,7 +64,7 @@ def reference_logits(config, weights, idx):
         for h in range(H):
             q, k, v = (pre(x) @ rows[part * C + h * D : part * C + (h + 1) * D].T for part in range(3))
             q, k = rotary(head_norm(q)), rotary(head_norm(k))
-            heads.append(attention(q, k, v, config.window_size if windowed else None))
+            heads.append(attention(q, k, v, config.window_size if windowed else None, config.attention_scale))
         x = x + post(torch.cat(heads, dim=-1) @ weights[at + "attn.c_proj.weight"].T)
         x = x + post(activation(pre(x) @ weights[at + "mlp.c_fc.weight"].T) @ weights[at + "mlp.c_proj.weight"].T)
     logits = rms_norm(x) @ weights["lm_head.weight" if config.untie else "transformer.wte.weight"].T

@@ -9,7 +9,7 @@ import pytest
 import torch
 from reference import attention
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import machine
@@ -38,11 +38,12 @@ def error(x, reference):
 
 @pytest.mark.parametrize("T", [1, 5, 16, 17, 33])
 @pytest.mark.parametrize("window", [1, 2, 3, 8, 16, 40])
-def test_blocked_window_attention_equals_dense(T, window):
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_blocked_window_attention_equals_dense(T, window, scale):
     generator = torch.Generator().manual_seed(T)
     q, k, v, d_out = (torch.randn(2, 3, T, 8, generator=generator, dtype=torch.float64) for _ in range(4))
     q, k, v = ((2 * x).requires_grad_() for x in (q, k, v))
-    actual, expected = blocked_window_attention(q, k, v, window), attention(q, k, v, window)
+    actual, expected = blocked_window_attention(q, k, v, window, scale), attention(q, k, v, window, scale)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     for x, y in zip(torch.autograd.grad(actual, (q, k, v), d_out),
                     torch.autograd.grad(expected, (q, k, v), d_out), strict=True):
@@ -142,8 +143,8 @@ def test_flex_attention_with_the_mask_equals_dense(T, window):
     generator = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(2, 2, T, 16, generator=generator) for _ in range(3))
     with torch.no_grad():
-        out = flex_attention(q, k, v, block_mask=window_block_mask(T, window, torch.device("cpu")))
-    assert error(out, attention(q.double(), k.double(), v.double(), window)) < 1e-6
+        out = kernels.flex(q, k, v, window, 0.7, window_block_mask(T, window, torch.device("cpu")), {}).transpose(1, 2)
+    assert error(out, attention(q.double(), k.double(), v.double(), window, 0.7)) < 1e-6
 
 
 # -----------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def test_uncompiled_flex_is_refused(fresh_compiler):
     """flex_attention on its own compiles itself; with the compiler off it would be the T x T form."""
     q = torch.randn(1, 2, 256, 16)
     with torch._dynamo.config.patch(disable=True), pytest.raises(SlowPath, match="flex would run uncompiled"):
-        kernels.flex_window_attention(q, q, q, 64, window_block_mask(256, 64, q.device), {})
+        kernels.flex_window_attention(q, q, q, 64, block_mask=window_block_mask(256, 64, q.device), kernel_options={})
 
 
 @pytest.mark.parametrize(("name", "head_dim", "device", "dtype", "words"), [
@@ -257,16 +258,16 @@ def test_a_back_end_that_cannot_serve_says_so_in_one_line(name, head_dim, device
 
 def test_flash_is_asked_for_the_keys_before_the_query(monkeypatch):
     """varlen_attn, also one that the user has activated in torch, counts W - 1 keys before a query's own."""
-    def varlen_attn(q, k, v, starts_q, starts_k, most_q, most_k, window_size):
+    def varlen_attn(q, k, v, starts_q, starts_k, most_q, most_k, scale, window_size):
         assert starts_q.tolist() == [0, 16, 32] and (most_q, most_k) == (16, 16)
         parts = [x.unflatten(0, (2, 16)).transpose(1, 2).double() for x in (q, k, v)]
         assert window_size[1] == 0
-        return attention(*parts, window_size[0] + 1).transpose(1, 2).flatten(0, 1)
+        return attention(*parts, window_size[0] + 1, scale).transpose(1, 2).flatten(0, 1)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     q, k, v = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0)).double()
-    out = kernels.flash_window_attention(q, k, v, 5, kernels.sequence_starts(2, 16, q.device))
-    assert error(out, attention(q, k, v, 5)) < 1e-12
+    out = kernels.flash_window_attention(q, k, v, 5, 0.7, sequence_starts=kernels.sequence_starts(2, 16, q.device))
+    assert error(out, attention(q, k, v, 5, 0.7)) < 1e-12
 
 
 def test_default_back_ends(monkeypatch):

@@ -297,14 +297,14 @@ def test_compile_equals_eager():
 def test_blocks_that_differ_are_compiled_apart(monkeypatch, fresh_compiler):
     """An edit may give each layer a number of its own; two of the three here are alike."""
     class Scaled(model_file.CausalSelfAttention):
-        def __init__(self, config, scale):
+        def __init__(self, config, factor):
             super().__init__(config)
-            self.scale = scale
+            self.factor = factor
 
         def attend(self, q, k, v):
-            return self.scale * super().attend(q, k, v)
+            return self.factor * super().attend(q, k, v)
 
-    choose = lambda config, layer: partial(Scaled, scale=1 + (layer + 1) // 2)  # noqa: E731
+    choose = lambda config, layer: partial(Scaled, factor=1 + (layer + 1) // 2)  # noqa: E731
     monkeypatch.setattr(model_file, "attention_class", choose)
     idx, targets = tokens(2, 23)
     gpt = make(replace(variant("tiny"), n_layer=3, vocab_size=512), scale=4)
@@ -411,6 +411,8 @@ def test_window_backend():
     ({"n_embd": 100}, ["n_embd=100", "n_head=12"]),
     ({"n_embd": 36}, ["n_embd", "n_head", "3", "even"]),
     ({"pre_norm": False}, ["pre_norm", "post_norm", "off"]),
+    ({"attention_scale": 0.0}, ["attention_scale=0.0", "above 0"]),
+    ({"logit_softcap": math.nan}, ["logit_softcap=nan", "above 0"]),
     ({"window_size": 0}, ["window_size=0"]),
     ({"window_size": -256}, ["window_size=-256"]),
     ({"window_pattern": "SL"}, ["window_pattern='SL'", "window_size"]),
@@ -442,7 +444,7 @@ def test_variant_names():
         "d12_olmo2_norm_qk_norm",
         "d12_window256", "d12_post_norm_qk_norm_window256", "d12_post_norm_qk_norm_window1024",
         "d12_post_norm_qk_norm_window256_SSSL",
-        "d12_relu2", "d12_untied", "d12_softcap15", "d12_qk_norm_relu2_untied_softcap15",
+        "d12_qk_norm_scale0.25", "d12_relu2", "d12_untied", "d12_softcap15", "d12_qk_norm_relu2_untied_softcap15",
         "tiny", "tiny_post_norm_qk_norm_window32",
     }
     assert len(set(VARIANTS.values())) == len(VARIANTS)
@@ -458,6 +460,7 @@ def test_variant_configs():
     hybrid = GPTConfig(post_norm=True, qk_norm=True)
     assert VARIANTS["d12_post_norm_qk_norm_window1024"] == replace(hybrid, window_size=1024)
     assert VARIANTS["d12_post_norm_qk_norm_window256_SSSL"] == replace(hybrid, window_size=256, window_pattern="SSSL")
+    assert VARIANTS["d12_qk_norm_scale0.25"] == GPTConfig(qk_norm=True, attention_scale=0.25)
     strong = GPTConfig(qk_norm=True, mlp_activation="relu2", untie=True, logit_softcap=15.0)
     assert VARIANTS["d12_qk_norm_relu2_untied_softcap15"] == strong
     tiny = GPTConfig(n_layer=2, n_head=2, n_embd=64)
@@ -490,7 +493,8 @@ def test_names_of_overridden_configs_are_distinct():
     assert len(set(names)) == len(configs) > 200
     assert names == [model_name(GPTConfig(**asdict(config))) for config in configs]
     assert model_name(GPTConfig(vocab_size=512)) == "d12-vocab_size=512"
-    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzSL0123456789_-=") for name in names), "unfit for a directory"
+    letters = set("abcdefghijklmnopqrstuvwxyzSL0123456789_-=.")
+    assert all(set(name) <= letters for name in names), "unfit for a directory"
 
 
 def _replaced(base, overrides):
@@ -523,7 +527,7 @@ def test_gpu_compiled_model_equals_cpu(name, fresh_compiler):
 
 @pytest.mark.gpu
 def test_gpu_flex_equals_blocked(fresh_compiler):
-    config = small(replace(VARIANTS["d12"], window_size=WINDOWS[-1]), GPU_STEP)
+    config = small(replace(VARIANTS["d12"], window_size=WINDOWS[-1], attention_scale=0.25), GPU_STEP)
     idx, targets = (x.cuda() for x in tokens(2, sequence_length(GPU_STEP)))
     flex, blocked = (make(config, scale=4, window_backend=b).cuda() for b in ("flex", "blocked"))
     loss, gradients = loss_and_gradients(flex, idx, targets)

@@ -37,7 +37,7 @@ OTHER = {  # a value that is not the default, where a rule below does not find o
     "batch_size": 1, "sequence_length": 512, "total_batch_tokens": 4096, "stop_after": 3, "init_from": "other",
     "device": "cpu", "window_backend": "blocked", "kernels": "plain", "n_head": 6, "n_embd": 384,
     "window_size": 100, "window_pattern": "SL", "logit_softcap": 30.0, "allow_change": ("seed", "data"),
-    "embedding_learning_rate": 0.5,
+    "embedding_learning_rate": 0.5, "attention_scale": 0.25,
 }
 NEEDS = {"pre_norm": ["--post_norm"], "window_pattern": ["--window_size", "64"]}
 

@@ -23,8 +23,9 @@ CHANGES = {  # setting: (value of the run, value of the next start)
     "beta2": (0.95, 0.99), "weight_decay": (0.1, 0.2), "grad_clip": (1.0, 0.0), "init_from": (None, "other"),
     "dtype": ("torch.float32", "torch.bfloat16"), "seed": (0, 1),
     "n_layer": (2, 3), "n_head": (2, 4), "n_embd": (32, 64), "vocab_size": (512, 768), "pre_norm": (True, False),
-    "post_norm": (True, False), "qk_norm": (False, True), "window_size": (8, 16), "window_pattern": ("S", "SL"),
-    "mlp_activation": ("gelu", "relu2"), "untie": (False, True), "logit_softcap": (None, 30.0),
+    "post_norm": (True, False), "qk_norm": (False, True), "attention_scale": (None, 0.5), "window_size": (8, 16),
+    "window_pattern": ("S", "SL"), "mlp_activation": ("gelu", "relu2"), "untie": (False, True),
+    "logit_softcap": (None, 30.0),
 }
 OTHER_WEIGHTS = ("n_layer", "n_embd", "vocab_size", "untie")  # those of the run do not fit
 FAULT = "a setting is another when a run goes on, each in turn"
