@@ -54,6 +54,19 @@ def parts(recompute_gelu: bool):
                            cross_entropy=functools.partial(cross_entropy, lean=recompute_gelu))
 
 
+def operator(mutates_args=()):
+    """
+    Decorator for what torch.compile must not look into, on contiguous tensors and without a gradient of its own. As
+    torch.library.custom_op, but without its checks, which in each call take the host longer than the launch.
+    """
+    def define(function):
+        name = f"gpt2_variants::{function.__name__}"
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutates_args))
+        torch.library.impl(name, "default", function)
+        return getattr(torch.ops.gpt2_variants, function.__name__).default
+    return define
+
+
 # -----------------------------------------------------------------------------
 # matrix products
 
@@ -104,7 +117,7 @@ class MLP(torch.autograd.Function):
         return d_x.view_as(x), d_fc, d_proj, None
 
 
-@torch.library.custom_op("gpt2_variants::product", mutates_args=())
+@operator()
 def product(layout: str, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """cublaslt.matmul, the result in `dtype`."""
     out = left.new_empty(product_shape(layout, left, right), dtype=dtype)
@@ -112,7 +125,7 @@ def product(layout: str, left: torch.Tensor, right: torch.Tensor, dtype: torch.d
     return out
 
 
-@product.register_fake
+@torch.library.register_fake(product)
 def _(layout, left, right, dtype):
     return left.new_empty(product_shape(layout, left, right), dtype=dtype)
 
@@ -127,7 +140,7 @@ def product_shape(layout, left, right):
     return left.size(1 if layout[0] == "T" else 0), right.size(0 if layout[1] == "T" else 1)
 
 
-@torch.library.custom_op("gpt2_variants::product_gelu", mutates_args=())
+@operator()
 def product_gelu(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(GELU of x weight^T, x weight^T); x: (N, C)."""
     out, before = (x.new_empty(len(x), len(weight)) for _ in range(2))
@@ -135,12 +148,12 @@ def product_gelu(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, t
     return out, before
 
 
-@product_gelu.register_fake
+@torch.library.register_fake(product_gelu)
 def _(x, weight):
     return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
 
 
-@torch.library.custom_op("gpt2_variants::product_gelu_backward", mutates_args=())
+@operator()
 def product_gelu_backward(d_y: torch.Tensor, weight: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """d_y weight times the derivative of GELU at `before`; d_y: (N, C)."""
     out = torch.empty_like(before)
@@ -148,7 +161,7 @@ def product_gelu_backward(d_y: torch.Tensor, weight: torch.Tensor, before: torch
     return out
 
 
-@product_gelu_backward.register_fake
+@torch.library.register_fake(product_gelu_backward)
 def _(d_y, weight, before):
     return torch.empty_like(before)
 
@@ -170,7 +183,7 @@ def chunk_tokens(lean: bool) -> int:
     return CHUNK_TOKENS // 2 if lean else CHUNK_TOKENS
 
 
-@torch.library.custom_op("gpt2_variants::linear_cross_entropy", mutates_args=())
+@operator()
 def linear_cross_entropy(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -190,7 +203,7 @@ def linear_cross_entropy(
     return losses.sum() / n_targets, d_x, d_weight
 
 
-@linear_cross_entropy.register_fake
+@torch.library.register_fake(linear_cross_entropy)
 def _(x, weight, targets, cap, chunk):
     return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
 
@@ -204,7 +217,7 @@ def scale_gradients(ctx, d_loss, *_):
     return d_x * d_loss, d_weight * d_loss, None, None, None
 
 
-linear_cross_entropy.register_autograd(scale_gradients, setup_context=keep_gradients)
+torch.library.register_autograd(linear_cross_entropy, scale_gradients, setup_context=keep_gradients)
 
 
 def cross_entropy_(logits, targets, losses, n_targets, cap=None):
@@ -275,7 +288,7 @@ class Rotate(torch.autograd.Function):
         return rotate_backward(d_q, d_k, d_v, *ctx.saved_tensors), None, None, None
 
 
-@torch.library.custom_op("gpt2_variants::rotate_", mutates_args=("qkv",))
+@operator(mutates_args=("qkv",))
 def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: bool) -> torch.Tensor:
     """In place, qkv: (B, T, 3, H, D). Returns what the norm multiplied q and k by, float32 (2, B, T, H), or nothing."""
     B, T, _, H, _ = qkv.shape
@@ -284,13 +297,13 @@ def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: bo
     return scale
 
 
-@rotate_.register_fake
+@torch.library.register_fake(rotate_)
 def _(qkv, cos, sin, qk_norm):
     B, T, _, H, _ = qkv.shape
     return cos.new_empty((2, B, T, H) if qk_norm else 0)
 
 
-@torch.library.custom_op("gpt2_variants::rotate_backward", mutates_args=())
+@operator()
 def rotate_backward(
     d_q: torch.Tensor, d_k: torch.Tensor, d_v: torch.Tensor, y: torch.Tensor | None, scale: torch.Tensor,
     cos: torch.Tensor, sin: torch.Tensor
@@ -303,7 +316,7 @@ def rotate_backward(
     return d_qkv
 
 
-@rotate_backward.register_fake
+@torch.library.register_fake(rotate_backward)
 def _(d_q, d_k, d_v, y, scale, cos, sin):
     B, T, H, D = d_q.shape
     return d_q.new_empty(B, T, 3, H, D)
