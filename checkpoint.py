@@ -6,7 +6,6 @@ state.json (step, configs, versions) and, written last, manifest.json with size 
 """
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -23,11 +22,11 @@ from configs.recipes import restored
 from files import fsync, sha256, write_hashed
 from model import GPT, GPTConfig
 from optim import STATE
-from rundir import BadOption, CannotWrite, NoValidCheckpoint, RunDir, cannot_write, writing
+from rundir import BadOption, CannotWrite, NoValidCheckpoint, RunDir, cannot_write, directory_of, writing
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 FILES = ("model.safetensors", "optim.safetensors", "state.json")
-NOT_FINITE = "not-finite"  # directory within a run's, for the weights of a step that ended it
+NOT_FINITE = "not-finite"  # directory within a run's, for the weights before a step that ended it
 MOST_FAILED_SAVES = 3  # one after the other, then a run ends
 
 
@@ -271,9 +270,9 @@ def newest_valid(run_directory: Path, say=print) -> Path | None:
 
 def find(run: str, out_dir: str = "runs") -> Path:
     """The newest valid checkpoint of a run, given by its name under out_dir or by the path of its directory."""
-    for run_directory in (Path(out_dir) / run, Path(run)):
-        if os.path.isdir(run_directory) and (checkpoint := newest_valid(run_directory)) is not None:
-            return checkpoint
+    run_directory = directory_of(run, out_dir)
+    if run_directory and (newest := newest_valid(run_directory)):
+        return newest
     known = sorted({path.parent.name for path in Path(out_dir).glob("*/step-*")})
     raise BadOption(f"no run {run!r} with a checkpoint. In {out_dir}: {', '.join(known) or 'none'}")
 

@@ -5,14 +5,15 @@ Runs side by side: is one better, and is that more than noise?
     python compare.py RUNS... --plots DIR            and plots
     python compare.py --card RUN                     what there is to believe one run by, and its plots
 
-Runs that differ in their seed only are a group. Groups are compared at equal tokens (the most at which every run was
-evaluated), at equal training time and at equal FLOPs (the least at which a run was last evaluated; on a smooth curve
-between two evaluations), each with the first one; or, if it has another model or other settings, with the group of the
-first one's settings and its own learning rates, if there is one. Training time has no compilation, evaluation or saving
-in it; FLOPs are tokens x model.flops_per_token. A run that diverged, whose loss or gradient was not finite or whose
-last validation loss is above ln V, that of a guess, sets none of these points and has no loss, but it counts: a group
-with such a run is not tested. Where a learning rate has three values or more, another table has its usable range, in
-which the loss is at most 0.1 above the best one, its sensitivity, the mean over the rates less the best (arXiv
+Runs that differ in their seed only are a group; with --by_folder they also lie in one folder, such as one for each
+version of an edited model.py. Groups are compared at equal tokens (the most at which every run was evaluated), at equal
+training time and at equal FLOPs (the least at which a run was last evaluated; on a smooth curve between two
+evaluations), each with the first one; or, if it has another model or other settings, with the group of the first one's
+settings and its own learning rates, if there is one. Training time has no compilation, evaluation or saving in it;
+FLOPs are tokens x model.flops_per_token. A run that diverged, whose loss or gradient was not finite or whose last
+validation loss is half a nat above ln V, that of a guess, sets none of these points and has no loss, but it counts: a
+group with such a run is not tested. Where a learning rate has three values or more, another table has its usable range,
+in which the loss is at most 0.1 above the best one, its sensitivity, the mean over the rates less the best (arXiv
 2309.14322), and the best rates against each other. Runs of a folder that have no validation loss yet are left out, and
 named. The tests are in comparison/significance.py, what a loss spike is in comparison/results.py.
 
@@ -32,7 +33,7 @@ from comparison.plots import plot_all
 from comparison.report import card, print_report
 from comparison.results import Run, find_runs, read_run
 from files import for_json, write_json
-from rundir import BAD_OPTION, DONE, INTERRUPTED, BadOption, CannotWrite, writing
+from rundir import BAD_OPTION, DONE, INTERRUPTED, BadOption, CannotWrite, leave, writing
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class CompareConfig:
 
     runs: tyro.conf.Positional[tuple[str, ...]]
     """names of runs, paths of their directories, or folders that hold runs"""
+    by_folder: bool = False
+    """runs of different folders are different groups, as before and after an edit of the code"""
     baseline: str | None = None
     """the group that comes first: as the tables name it, or one of its runs; None: that of the first run"""
     target_loss: float | None = None
@@ -70,7 +73,7 @@ class CompareConfig:
 def choose_baseline(groups: list[Group], name: str | None) -> list[Group]:
     """The groups with this one first; BadOption, with their labels, if it is none of them."""
     chosen = next((group for group in groups if name is None or name == group.label
-                   or name in [run.name for run in group.runs]), None)
+                   or Path(name).name in [run.name for run in group.runs]), None)
     if chosen is None:
         raise BadOption(f"baseline={name!r} is none of {', '.join(group.label for group in groups)}")
     return [chosen] + [group for group in groups if group is not chosen]
@@ -98,6 +101,8 @@ def run(config: CompareConfig):
         for one in runs:
             show_card(one, config.plots)
         return
+    for one in runs:
+        one.folder = str(one.path.parent) if config.by_folder else None
     runs, left_out = leave_out(runs, found)
     check_comparable(runs)
     groups = choose_baseline(group_runs(runs), config.baseline)
@@ -106,12 +111,12 @@ def run(config: CompareConfig):
     if config.target_loss is not None:
         report |= {"target_loss": config.target_loss, "reaching": reaching(groups, config.target_loss)}
     report["rates"] = {name: over_rates(groups, name, report["at_equal"]["tokens"]["at"]) for name in RATES}
-    print_report(report, groups)
     if config.json:
         with writing(config.json):
             write_json(config.json, for_json(report))
     if config.plots:
         plot_all(groups, config.plots)
+    print_report(report, groups)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,8 +128,10 @@ def main(arguments: list[str] | None = None) -> int:
         return getattr(error, "exit_code", BAD_OPTION)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # `| head`
+        pass
     return DONE
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -189,10 +189,12 @@ def score(config: EvalConfig, others: processes.Others):
         found[path] = hellaswag.score(model, examples, config.batch_size, autocast, device, others)
     if others.rank == 0:
         made = {"dtype": str(dtype).removeprefix("torch."), "versions": machine.versions(device)}
-        print(f"{newest}, {made['dtype']}, {machine.describe(device)}")
-        for place, scores in found.items():
-            print_table(place, scores)
-        keep(newest, {place: scores | made for place, scores in found.items()})
+        try:
+            keep(newest, {place: scores | made for place, scores in found.items()})
+        finally:  # each even if the other cannot be written
+            print(f"{newest}, {made['dtype']}, {machine.describe(device)}")
+            for place, scores in found.items():
+                print_table(place, scores)
 
 
 def print_table(place: str, scores: dict):

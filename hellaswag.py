@@ -61,7 +61,7 @@ def read(path: Path) -> HellaSwag:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path}: cannot read: {reason}; --hellaswag download fetches the published file") from None
     rows, n_tokens, n_bytes, labels = [], [], [], []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.rstrip().splitlines(), 1):
         try:
             context, endings, label = parse(line)
             n_bytes += [len(ending.encode()) for ending in endings]

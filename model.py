@@ -108,7 +108,7 @@ class GPTConfig:
 class RMSNorm(torch.autograd.Function):
     """
     x / sqrt(mean(x^2)). Backward reads the result, which the product or attention behind it keeps as well, so that x
-    need not be kept. In 16 bits that is as exact as the result, but for gradients that point along it.
+    need not be kept. In 16 bits only the gradient's part along the result is less exact, by the result's rounding.
     """
 
     @staticmethod
@@ -154,10 +154,13 @@ def apply_rotary(x, cos, sin):
 
 
 def rotate(qkv, cos, sin, qk_norm):
-    """q, k and v of qkv (B, T, 3, H, D), each (B, T, H, D): q and k turned, and normed if qk_norm, in either order."""
+    """
+    q, k and v of qkv (B, T, 3, H, D), each (B, T, H, D): q and k turned, and with qk_norm normed. The rotation keeps
+    lengths, so that the norm before and after it is the same.
+    """
     q, k, v = qkv.unbind(2)
     q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-    if qk_norm:  # behind the rotation, which changes no length, so that its result is what attention keeps
+    if qk_norm:  # after the rotation: then what attention keeps is what the norm's backward reads
         q, k = norm(q), norm(k)
     return q, k, v
 
@@ -191,7 +194,7 @@ class Linear(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    """Projection, norm, rotary embedding, attention, output. A variant overrides `attend`."""
+    """Projection, norm, rotary embedding, attention, output. A variant has an `attend` of its own."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -253,9 +256,6 @@ def attention_class(config: GPTConfig, layer: int):
     return CausalSelfAttention if config.layer_window(layer) is None else SlidingWindowAttention
 
 
-CONSTANTS = int | float | str | tuple | FunctionType | None  # of a module, which a compiled form has in it
-
-
 class Block(nn.Module):
     """x + post(attn(pre(x))), then the same with the MLP; pre and post are RMSNorm or identity."""
 
@@ -272,8 +272,9 @@ class Block(nn.Module):
 
     def kind(self):
         """Equal for blocks that one compiled form serves: their parts have the same classes and constants."""
-        return tuple((type(part), *((name, value) for name, value in vars(part).items()
-                                    if isinstance(value, CONSTANTS))) for part in self.modules())
+        constants = int | float | str | tuple | FunctionType | None  # what torch.compile makes part of a graph
+        return tuple((type(module), *((name, value) for name, value in vars(module).items()
+                                      if isinstance(value, constants))) for module in self.modules())
 
 
 # -----------------------------------------------------------------------------
@@ -299,7 +300,8 @@ class GPT(nn.Module):
             config, window_backend, kernels, recompute_gelu)
         self.parts, self.norm = PLAIN, norm  # execution only, see `forward` and `compile`
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False),
+            "wte": nn.Embedding.from_pretrained(  # nn.Embedding would draw weights, as nn.Linear
+                torch.empty(config.vocab_size, config.n_embd), freeze=False),
             "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
         })
         self.lm_head = Linear(config.n_embd, config.vocab_size)

@@ -161,7 +161,8 @@ class RunDir:
             missing = [json.dumps({"step": n}) for n in range(n_good + 1, step + 1)]
             lines = lines[:n_good] + missing
             write_text(path, "".join(line + "\n" for line in lines))
-            self.last_row, self.last_bytes = (json.loads(lines[-1]), len(lines[-1].encode()) + 1) if lines else ({}, 0)
+            self.last_row = json.loads(lines[-1]) if lines else {}
+            self.last_bytes = len(lines[-1].encode()) + 1 if lines else 0
             self.metrics, self.step = open(path, "r+b", buffering=0), step
             self.n_synced, self.unsynced, self.n_written = path.stat().st_size, bytearray(), 0  # n_*: bytes
         if missing:

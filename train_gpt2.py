@@ -7,10 +7,10 @@ Train a GPT-2 variant.
 Any field of TrainConfig (configs/recipes.py) and GPTConfig (model.py) is an option. An option beats the recipe, a
 recipe beats the default.
 
-Exit codes: 0 done, 2 bad option or config, or data changed since the run began, or a slow path refused
-(kernels/attention.py), 3 run directory in use, 4 checkpoints present but none valid, 5 cannot write, 6 loss or gradient
-not finite, 7 missing, empty or invalid data, 8 another process is gone or hangs, 75 stopped by a signal and resumable,
-130 second Ctrl-C.
+Exit codes: 0 done, 1 out of memory or a bug, 2 bad option or config, data changed since the run began, or a slow path
+refused (kernels/compiling.py), 3 run directory in use, 4 checkpoints present but none valid, 5 cannot write, 6 loss or
+gradient not finite, 7 missing, empty or invalid data, 8 another process is gone or hangs, 75 stopped by a signal and
+resumable, 130 second Ctrl-C.
 """
 
 import math
@@ -115,7 +115,8 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
                          f"{WORLD_SIZE} processes: use at least {T * WORLD_SIZE}")
     batch_size = config.batch_size
     if batch_size == "auto":
-        most, room_mib = sequences if device.type == "cuda" else 8, 0.95 * machine.total_mib(device) / (1 + runs_beside)
+        most = sequences if device.type == "cuda" else 8
+        room_mib = 0.95 * machine.total_mib(device) / (1 + runs_beside)
         if dtype == torch.float32:  # the prediction is for 16 bits
             room_mib /= 2
         batch_size = largest_batch_size(config, gpt_config, sequences, WORLD_SIZE, most, room_mib)
@@ -200,16 +201,16 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     def evaluation_due(step: int) -> bool:
         return config.val_every and (step % config.val_every == 0 or step == config.max_steps)
 
-    found = torch.tensor([-1, 0])
+    answer = torch.tensor([-1, 0])
     try:  # the first process looks where to start, and all get its answer
         if RANK == 0:
             run.open()
-            start = found[0] = find_start(config, settings, run)
-            found[1] = start > 0 and evaluation_due(start) and run.lacks_evaluation(start)
+            start = answer[0] = find_start(config, settings, run)
+            answer[1] = start > 0 and evaluation_due(start) and run.lacks_evaluation(start)
     finally:
         if WORLD_SIZE > 1:
-            dist.broadcast(found, 0, group=others.hosts)
-    start, lacks_evaluation = found.tolist()
+            dist.broadcast(answer, 0, group=others.hosts)
+    start, lacks_evaluation = answer.tolist()
     if start < 0:
         raise rundir.BadOption("the first process cannot start")
     last_step = min(config.max_steps, config.stop_after or config.max_steps)
@@ -277,25 +278,25 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
            + (f" (val_tokens={config.val_tokens:,} is more than there are)" if config.val_tokens > n_val_total else ""))
 
     # --- one rehearsal, thrown away: it compiles, and shows which attention kernels really run ---
-    *chosen, parts = model.choose_kernels(T, device, dtype)
-    kernels = set(chosen) & KERNEL_NAMES.keys()
+    window_backend, sdpa, kernels = model.choose_kernels(T, device, dtype)
 
     def rehearse():  # DDP puts its buckets in order after the first sum, and sums over more than two depend on that
         forward_backward(inputs, targets, synchronize=True)
         model.zero_grad(set_to_none=True)
 
     if device.type == "cuda":
-        if "flex" in kernels:
+        if window_backend == "flex":
             kept_mib, _, ms = block_mask_cost(T, gpt_config.window_size, device)
             print0(f"block mask T={T} W={gpt_config.window_size}: +{kept_mib:.2f} MiB, {ms:.0f} ms")
         rehearse()
-    found = machine.attention_kernels(rehearse, device)
-    print0("attention kernels:", found)
-    if kernels and found != (meant := ", ".join(sorted({KERNEL_NAMES[k] for k in kernels}))):
-        raise SlowPath(f"attention ran in {found}, not in {meant}")
+    attention = machine.attention_kernels(rehearse, device)
+    print0("attention kernels:", attention)
+    expected = ", ".join(sorted({KERNEL_NAMES[kernel] for kernel in (window_backend, sdpa) if kernel in KERNEL_NAMES}))
+    if expected and attention != expected:
+        raise SlowPath(f"attention ran in {attention}, not in {expected}")
     machine.reset_peak(device)
-    described |= {"val_targets": n_val * T, "kernels": {"attention": found, "window_backend": chosen[0], "parts": parts,
-                  "compiled": compiled, "dtype": str(dtype).removeprefix("torch.")}}
+    described |= {"val_targets": n_val * T, "kernels": {"attention": attention, "window_backend": window_backend,
+                  "parts": kernels, "compiled": compiled, "dtype": str(dtype).removeprefix("torch.")}}
     if RANK == 0:
         run.describe(described, start)
 
@@ -400,8 +401,9 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
                 raise not_finite(step + 1, f"{name or 'a weight'} is not finite after step {step}")
         if save_due and RANK == 0:
             run.saver.save(step, model, optimizers, described, last=ending)
-        if save_due and not ending:  # all wait for the save, and a signal meanwhile needs no other step
-            stopping = not others.anywhere(run.saver.n_failed > 0) and interrupted() and saved()
+        if save_due and not ending:
+            save_failed = others.anywhere(run.saver.n_failed > 0)  # all wait here, so a signal during the save is seen
+            stopping = not save_failed and interrupted() and saved()
         if stopping:
             break
         if save_due or val_due:  # not training time

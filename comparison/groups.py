@@ -17,7 +17,8 @@ from configs.variants import model_name
 from files import read_text
 from rundir import BadOption
 
-RATES = ("learning_rate", "muon_learning_rate")  # a line of groups differs in one of them
+RATES = ("learning_rate", "embedding_learning_rate", "muon_learning_rate")  # a line of groups differs in one of them
+SPEED = ("deterministic", "recompute_gelu")  # options that change the time of a step, not the result
 
 
 def leave_out(runs: list[Run], folders: dict[Path, Path | None]) -> tuple[list[Run], list[str]]:
@@ -47,7 +48,8 @@ def check_comparable(runs: list[Run]):
         twin = seen.setdefault((json.dumps(run.settings, sort_keys=True), run.seed), run)
         if twin is not run:
             raise BadOption(f"{twin.path} and {run.path} have the same settings and seed: name one of them, for a "
-                            "repetition is not another seed")
+                            "repetition is not another seed, or lay runs of edited code into another folder "
+                            "(--out_dir) and compare --by_folder")
     same = {"were trained on different data": lambda run: run.config["settings"]["data"],
             "have different tokenizers": lambda run: run.config.get("tokenizer"),
             "have different sequence lengths": lambda run: run.config["settings"]["sequence_length"],
@@ -74,11 +76,12 @@ def notes(runs: list[Run]) -> list[str]:
         found.append(f"training times and tokens/s of {len(shared)} of {len(runs)} runs were taken with up to "
                      f"{max(shared)} other runs on the same GPU")
     found += differing("torch", [run.config["versions"].get("torch", "not known") for run in runs])
-    kernels = [as_dict(run.config.get("kernels")) for run in runs]
-    parts = [part for part in dict.fromkeys(part for one in kernels for part in one)
-             if len({str(one.get(part)) for one in kernels}) > 1]
-    found += differing("kernels", [", ".join(f"{part} {one.get(part, 'not known')}" for part in parts)
-                                   for one in kernels])
+    execution = [as_dict(run.config.get("kernels")) | {"batch_size": run.config.get("batch_size")}
+                 | {name: run.config["train_config"].get(name, "not known") for name in SPEED} for run in runs]
+    parts = [part for part in dict.fromkeys(part for one in execution for part in one)
+             if len({str(one.get(part)) for one in execution}) > 1]
+    found += differing("execution", [", ".join(f"{part} {one.get(part, 'not known')}" for part in parts)
+                                     for one in execution])
     return found + differing("code", [commit(run) for run in runs])
 
 
@@ -132,7 +135,7 @@ class Group:
 
 def setting_words(name: str, value) -> str:
     """Of a directory only its name."""
-    return Path(str(value)).name if name == "init_from" and value else str(value)
+    return Path(str(value)).name if name in ("init_from", "folder") and value else str(value)
 
 
 def group_runs(runs: list[Run], ignore: tuple[str, ...] = ("seed",)) -> list[Group]:
@@ -142,7 +145,7 @@ def group_runs(runs: list[Run], ignore: tuple[str, ...] = ("seed",)) -> list[Gro
         key = {name: value for name, value in run.settings.items() if name not in ignore}
         members.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     firsts = [group[0] for group in members.values()]
-    differing = [name for name in firsts[0].settings if name in RESULT_FIELDS and name not in ignore
+    differing = [name for name in firsts[0].settings if name in (*RESULT_FIELDS, "folder") and name not in ignore
                  and any(run.settings[name] != firsts[0].settings[name] for run in firsts)]
     models = {model_name(run.gpt_config) for run in firsts}
 
@@ -163,5 +166,6 @@ def group_runs(runs: list[Run], ignore: tuple[str, ...] = ("seed",)) -> list[Gro
 
 def by_rate(runs: list[Run], name: str) -> list[tuple[Group, list[Group]]]:
     """(All runs that differ in this learning rate and in their seed only, the same by rate from the lowest)."""
-    return [(line, sorted(group_runs(line.runs), key=lambda group: group.runs[0].settings[name]))
+    runs = [run for run in runs if run.settings[name] is not None]
+    return [] if not runs else [(line, sorted(group_runs(line.runs), key=lambda group: group.runs[0].settings[name]))
             for line in group_runs(runs, ignore=("seed", name))]

@@ -44,11 +44,21 @@ def compare_at(axis: str, groups: list[Group]) -> dict:
     """All groups at the point of this axis where they meet, and each but the first against its opponent."""
     x = meeting_point([run for group in groups for run in group.runs], axis)
     rows = [summary(group, axis, x) for group in groups]
-    noise, freedom = significance.noise_floor([list(row["val_loss"].values()) for row in rows])
-    against = [tested(rows[i], row, noise) for i, row in zip(opponents(groups), rows[1:], strict=True)]
+    losses = [list(row["val_loss"].values()) for row in rows]
+    (noise, freedom), unequal = significance.noise_floor(losses), significance.unequal_spread(losses)
+    against = [tested(rows[i], row, noise if unequal is None else None)
+               for i, row in zip(opponents(groups), rows[1:], strict=True)]
     shown = {n: significance.smallest_difference(noise, n, n) for n in (3, 5, 10)}
-    return {"at": x, "groups": rows, "against": corrected(against), "noise": noise, "freedom": freedom,
+    return {"at": x, "set_by": set_by(groups, x) if axis == "tokens" else [], "groups": rows,
+            "against": corrected(against), "noise": noise, "freedom": freedom, "unequal_spread": unequal,
             "noise_interval": significance.noise_interval(noise, freedom), "shown_by_seeds": shown}
+
+
+def set_by(groups: list[Group], tokens: float) -> list[str]:
+    """The runs that were evaluated there last, where others came further: they set this point for all."""
+    last = {run.name: run.evaluations("tokens")[-1] for group in groups for run in group.sound
+            if len(run.evaluations("tokens"))}
+    return [name for name, place in last.items() if place == tokens < max(last.values())]
 
 
 def opponents(groups: list[Group]) -> list[int]:

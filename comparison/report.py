@@ -13,6 +13,7 @@ from comparison.significance import MOST_SEEDS
 from configs.variants import model_name
 from files import read_text
 
+SAME_PART = 0.02  # of a schedule, which matters less than other things
 AXES = {"tokens": ("tokens", "{:,.0f}"), "time_s": ("training time", "{:,.1f} s"), "flops": ("FLOPs", "{:.4g}")}
 
 
@@ -98,7 +99,17 @@ def mean_and_range(values: list[float], form: str) -> str:
 
 def below(found: dict) -> Iterable[str]:
     """What the tables do not say."""
-    if found["freedom"]:
+    if found["set_by"]:
+        yield f"No further than here came {', '.join(f'`{name}`' for name in found['set_by'])}."
+    parts = [row["schedule"] for row in found["groups"] if math.isfinite(row["schedule"])]
+    if parts and max(parts) - min(parts) > SAME_PART:
+        yield (f"Here the groups have done {min(parts):.0%} to {max(parts):.0%} of their steps. In mid-schedule the "
+               "learning rate, and with it the loss, is higher than at the end: part of a difference may be that.")
+    if found["unequal_spread"] is not None:
+        spreads = [row["std"] for row in found["groups"] if math.isfinite(row["std"])]
+        yield (f"No noise floor: the spread over seeds differs between the groups, {min(spreads):.4f} to "
+               f"{max(spreads):.4f} (Bartlett's test, p = {found['unequal_spread']:.2g}).")
+    elif found["freedom"]:
         low, high = found["noise_interval"]
         yield (f"Noise floor: {found['noise']:.4f} (95 % interval {low:.4f} to {high:.4f}), the standard deviation "
                f"over seeds pooled over the groups ({found['freedom']} degrees of freedom). With it, a true difference "
@@ -111,7 +122,7 @@ def below(found: dict) -> Iterable[str]:
     if n_tests := sum(row["p"] is not None for row in found["against"]):
         yield (f"Comparisons: {n_tests}; the verdict goes by Holm's correction of Welch's test for that number. To "
                "show is to find it at p < 0.05 in 80 of 100 cases; smallest to show and seeds for this difference go "
-               "by the noise floor.")
+               "by " + ("the noise floor." if found["unequal_spread"] is None else "the spread of the two groups."))
 
 
 def print_report(report: dict, groups: list[Group]):

@@ -16,6 +16,7 @@ from files import read_text
 from model import GPT, GPTConfig
 from rundir import DONE, NOT_FINITE, BadOption, directory_of, is_row, parse_object, read_json
 
+DIVERGED = 0.5  # nats above a guess; new weights lie 0.02 to 0.2 above it
 SPIKE_WINDOW, SPIKE_START, SPIKE_DEVIATIONS = 50, 20, 7  # steps, steps, standard deviations
 MAD_TO_STD = 1.4826  # of a normal distribution: standard deviation / median absolute deviation
 NEEDED = {  # of config.json
@@ -46,6 +47,8 @@ class Run:
     """config-<step>.json, by file name, of a run that went on after that step"""
     notes: list[str]
     """what one has to know before one believes it"""
+    folder: str | None = None
+    """where it lies, if that is to set it apart from runs of other folders"""
 
     @property
     def name(self) -> str:
@@ -56,7 +59,10 @@ class Run:
         """What the result depends on, apart from seed and data; what an older version did not have is as by default."""
         begun = self.config["settings"]
         names = [name for name in RESULT_FIELDS if name not in ("recipe", "data", "seed")]
-        return {name: begun.get(name, getattr(TrainConfig, name)) for name in names} | asdict(self.gpt_config)
+        found = {name: begun.get(name, getattr(TrainConfig, name)) for name in names} | asdict(self.gpt_config)
+        if "init_weights" in begun:  # other weights may have come to lie under the same name
+            found["init_from"] = f"{found['init_from']} {str(begun['init_weights'])[:8]}"
+        return found | ({"folder": self.folder} if self.folder else {})
 
     @property
     def seed(self) -> int:
@@ -78,12 +84,12 @@ class Run:
 
     @functools.cached_property
     def worse_than_guess(self) -> bool:
-        """By its last validation loss."""
-        return bool((self.evaluations("val_loss")[-1:] > self.guess).any())
+        """By its last validation loss, and by more than weights that have learnt nothing."""
+        return bool((self.evaluations("val_loss")[-1:] > self.guess + DIVERGED).any())
 
     @property
     def diverged(self) -> bool:
-        """A loss, a gradient or the weights were not finite, or the last validation loss is above that of a guess."""
+        """A loss, a gradient or the weights were not finite, or the last validation loss lies far above a guess."""
         return self.not_finite or self.status.get("code") == NOT_FINITE or self.worse_than_guess
 
     @property

@@ -16,6 +16,7 @@ import numpy as np
 
 ALPHA, POWER = 0.05, 0.80
 MOST_SEEDS = 10_000  # a difference that needs more is none
+UNEQUAL = 0.01  # p below which the spread of groups is not pooled
 SAME = 1e-9  # nats: below what float32 tells apart
 GRID = 64  # quantiles of a sample variance
 
@@ -84,6 +85,18 @@ def noise_floor(groups: list[list[float]]) -> tuple[float, int]:
     squares = sum(np.var(group, ddof=1) * (len(group) - 1) for group in groups if len(group) > 1)
     freedom = sum(len(group) - 1 for group in groups if len(group))
     return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
+
+
+def unequal_spread(groups: list[list[float]]) -> float | None:
+    """
+    p of Bartlett's test that the groups have one standard deviation, if it is below UNEQUAL: then no noise floor holds
+    for all. None otherwise.
+    """
+    from scipy import stats
+
+    groups = [group for group in groups if len(group) > 1 and not constant(group)]
+    p = float(stats.bartlett(*groups).pvalue) if len(groups) > 1 else 1.0
+    return p if p < UNEQUAL else None
 
 
 def noise_interval(noise: float, freedom: int) -> tuple[float, float]:

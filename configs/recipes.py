@@ -140,7 +140,7 @@ RESULT_FIELDS = (
 )
 
 RECIPES = {
-    # one GPU, about two minutes: ends where the validation loss on Shakespeare has levelled off
+    # one GPU, about a minute: ends where the validation loss on Shakespeare has levelled off
     "default": TrainConfig(recipe="default", val_tokens=65_536),
     # the same model without a GPU: about three minutes on 2 cores
     "cpu": TrainConfig(recipe="cpu", total_batch_tokens=1024, max_steps=20, warmup_steps=5, val_every=10,

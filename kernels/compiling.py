@@ -27,13 +27,13 @@ def compile_static(function, **options):
     name = function.__qualname__
 
     @functools.wraps(function)
-    def fused(*arguments):
+    def traced(*arguments):
         if not torch.compiler.is_compiling():
             raise SlowPath(f"{name} would run uncompiled: is torch.compile off (TORCH_COMPILE_DISABLE)?")
         return function(*arguments)
 
-    fused.__code__ = fused.__code__.replace(co_name=name)  # torch counts compilations per code object
-    compiled = torch.compile(fused, dynamic=False, fullgraph=True, **options)
+    traced.__code__ = traced.__code__.replace(co_name=name)  # one of its own: torch's limit counts per code object
+    compiled = torch.compile(traced, dynamic=False, fullgraph=True, **options)
     seen = set()
 
     def call(*arguments):

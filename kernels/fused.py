@@ -23,7 +23,7 @@ from kernels.cublaslt import matmul
 IGNORED = -1  # target without loss
 CHUNK_TOKENS = 8192  # 0.8 GiB of logits; with fewer tokens than this, plain needs less memory
 DTYPE = torch.bfloat16  # of the products
-HEADS = 32  # heads of tokens that a program of rotate's kernels works on
+ROWS = 32  # of rotate's kernels, in a program: a row is one head of one token
 
 
 def choose_kernels(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -51,19 +51,24 @@ def parts(recompute_gelu: bool):
     the loss has half as many logits at a time.
     """
     return SimpleNamespace(linear=linear, mlp=functools.partial(mlp, recompute_gelu=recompute_gelu), rotate=rotate,
-                           cross_entropy=functools.partial(cross_entropy, lean=recompute_gelu))
+                           cross_entropy=functools.partial(cross_entropy, recompute_gelu=recompute_gelu))
 
 
-def operator(mutates_args=()):
+OPERATORS = torch.library.Library("gpt2_variants", "FRAGMENT")
+
+
+def operator(fake, mutates_args=()):
     """
-    Decorator for what torch.compile must not look into, on contiguous tensors and without a gradient of its own. As
+    Decorator: an operator that torch.compile does not look into; fake: its result's shapes and dtypes. As
     torch.library.custom_op, but without its checks, which in each call take the host longer than the launch.
     """
     def define(function):
         name = f"gpt2_variants::{function.__name__}"
-        torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutates_args))
-        torch.library.impl(name, "default", function)
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=mutates_args), lib=OPERATORS)
+        torch.library.impl(name, "default", function, lib=OPERATORS)
+        torch.library.register_fake(name, fake, lib=OPERATORS)
         return getattr(torch.ops.gpt2_variants, function.__name__).default
+
     return define
 
 
@@ -117,17 +122,12 @@ class MLP(torch.autograd.Function):
         return d_x.view_as(x), d_fc, d_proj, None
 
 
-@operator()
+@operator(lambda layout, left, right, dtype: left.new_empty(product_shape(layout, left, right), dtype=dtype))
 def product(layout: str, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """cublaslt.matmul, the result in `dtype`."""
     out = left.new_empty(product_shape(layout, left, right), dtype=dtype)
     matmul(layout, operand(left), operand(right), out)
     return out
-
-
-@torch.library.register_fake(product)
-def _(layout, left, right, dtype):
-    return left.new_empty(product_shape(layout, left, right), dtype=dtype)
 
 
 def operand(x):
@@ -140,7 +140,7 @@ def product_shape(layout, left, right):
     return left.size(1 if layout[0] == "T" else 0), right.size(0 if layout[1] == "T" else 1)
 
 
-@operator()
+@operator(lambda x, weight: tuple(x.new_empty(len(x), len(weight)) for _ in range(2)))
 def product_gelu(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(GELU of x weight^T, x weight^T); x: (N, C)."""
     out, before = (x.new_empty(len(x), len(weight)) for _ in range(2))
@@ -148,12 +148,7 @@ def product_gelu(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, t
     return out, before
 
 
-@torch.library.register_fake(product_gelu)
-def _(x, weight):
-    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(weight))
-
-
-@operator()
+@operator(lambda d_y, weight, before: torch.empty_like(before))
 def product_gelu_backward(d_y: torch.Tensor, weight: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """d_y weight times the derivative of GELU at `before`; d_y: (N, C)."""
     out = torch.empty_like(before)
@@ -161,29 +156,25 @@ def product_gelu_backward(d_y: torch.Tensor, weight: torch.Tensor, before: torch
     return out
 
 
-@torch.library.register_fake(product_gelu_backward)
-def _(d_y, weight, before):
-    return torch.empty_like(before)
-
-
 # -----------------------------------------------------------------------------
 # the loss
 
 
-def cross_entropy(x, weight, targets, cap=None, lean=False):
+def cross_entropy(x, weight, targets, cap=None, recompute_gelu=False):
     """
-    model.cross_entropy. The logits and their gradient are bfloat16; sums and d_weight are float32. lean: with half as
-    many logits at a time, for 0.3 ms more in a step of 65,536 tokens.
+    model.cross_entropy. The logits and their gradient are bfloat16; sums and d_weight are float32.
+    recompute_gelu: with half as many logits at a time, for 0.3 ms more in a step of 65,536 tokens.
     """
-    return linear_cross_entropy(x.to(DTYPE), weight, targets, cap, chunk_tokens(lean))[0]
+    return linear_cross_entropy(x.to(DTYPE), weight, targets, cap, chunk_tokens(recompute_gelu))[0]
 
 
-def chunk_tokens(lean: bool) -> int:
+def chunk_tokens(recompute_gelu: bool) -> int:
     """Tokens of which the loss has the logits in memory at a time."""
-    return CHUNK_TOKENS // 2 if lean else CHUNK_TOKENS
+    return CHUNK_TOKENS // 2 if recompute_gelu else CHUNK_TOKENS
 
 
-@operator()
+@operator(lambda x, weight, *_: (x.new_empty((), dtype=torch.float32), torch.empty_like(x),
+                                 torch.empty_like(weight, dtype=torch.float32)))
 def linear_cross_entropy(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None, chunk: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -203,11 +194,6 @@ def linear_cross_entropy(
     return losses.sum() / n_targets, d_x, d_weight
 
 
-@torch.library.register_fake(linear_cross_entropy)
-def _(x, weight, targets, cap, chunk):
-    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
-
-
 def keep_gradients(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
@@ -217,7 +203,7 @@ def scale_gradients(ctx, d_loss, *_):
     return d_x * d_loss, d_weight * d_loss, None, None, None
 
 
-torch.library.register_autograd(linear_cross_entropy, scale_gradients, setup_context=keep_gradients)
+torch.library.register_autograd(linear_cross_entropy, scale_gradients, setup_context=keep_gradients, lib=OPERATORS)
 
 
 def cross_entropy_(logits, targets, losses, n_targets, cap=None):
@@ -288,22 +274,20 @@ class Rotate(torch.autograd.Function):
         return rotate_backward(d_q, d_k, d_v, *ctx.saved_tensors), None, None, None
 
 
-@operator(mutates_args=("qkv",))
+@operator(lambda qkv, cos, sin, qk_norm: cos.new_empty(lengths_shape(qkv, qk_norm)), mutates_args=("qkv",))
 def rotate_(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, qk_norm: bool) -> torch.Tensor:
     """In place, qkv: (B, T, 3, H, D). Returns what the norm multiplied q and k by, float32 (2, B, T, H), or nothing."""
-    B, T, _, H, _ = qkv.shape
-    scale = cos.new_empty((2, B, T, H) if qk_norm else 0)
+    scale = cos.new_empty(lengths_shape(qkv, qk_norm))
     launch("forward", qkv.shape, qkv, cos, sin, scale, NORM=qk_norm)
     return scale
 
 
-@torch.library.register_fake(rotate_)
-def _(qkv, cos, sin, qk_norm):
+def lengths_shape(qkv, qk_norm):
     B, T, _, H, _ = qkv.shape
-    return cos.new_empty((2, B, T, H) if qk_norm else 0)
+    return (2, B, T, H) if qk_norm else 0
 
 
-@operator()
+@operator(lambda d_q, *_: d_q.new_empty(*d_q.shape[:2], 3, *d_q.shape[2:]))
 def rotate_backward(
     d_q: torch.Tensor, d_k: torch.Tensor, d_v: torch.Tensor, y: torch.Tensor | None, scale: torch.Tensor,
     cos: torch.Tensor, sin: torch.Tensor
@@ -316,18 +300,12 @@ def rotate_backward(
     return d_qkv
 
 
-@torch.library.register_fake(rotate_backward)
-def _(d_q, d_k, d_v, y, scale, cos, sin):
-    B, T, H, D = d_q.shape
-    return d_q.new_empty(B, T, 3, H, D)
-
-
 def launch(direction, shape, *tensors, NORM):
-    """A program for each HEADS heads of q, of k, and in backward of v; shape: of qkv."""
+    """A program for each ROWS rows of q, of k, and in backward of v; shape: of qkv."""
     B, T, _, H, D = shape
     n_rows, half = B * T * H, 1 << (D // 2 - 1).bit_length()
-    programs = -(-n_rows // HEADS), 3 if direction == "backward" else 2
-    rotate_kernels()[direction][programs](*tensors, n_rows, T, H=H, D=D, HALF=half, HEADS=HEADS, NORM=NORM)
+    programs = -(-n_rows // ROWS), 3 if direction == "backward" else 2
+    rotate_kernels()[direction][programs](*tensors, n_rows, T, H=H, D=D, HALF=half, ROWS=ROWS, NORM=NORM)
 
 
 @functools.cache
@@ -338,8 +316,8 @@ def rotate_kernels():
 
     @triton.jit
     def rotate_forward(qkv, cos, sin, scale, n_rows, T, H: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-                       HEADS: tl.constexpr, NORM: tl.constexpr):
-        part, row, column = tl.program_id(1), tl.program_id(0) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
+                       ROWS: tl.constexpr, NORM: tl.constexpr):
+        part, row, column = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF)
         inside = (row < n_rows)[:, None] & (column < D // 2)[None, :]
         token = (row // H).to(tl.int64)
         x = qkv + ((token * 3 + part) * H + row % H)[:, None] * D + column[None, :]
@@ -356,8 +334,8 @@ def rotate_kernels():
 
     @triton.jit
     def rotate_backward(d_q, d_k, d_v, y, scale, cos, sin, d_qkv, n_rows, T, H: tl.constexpr, D: tl.constexpr,
-                        HALF: tl.constexpr, HEADS: tl.constexpr, NORM: tl.constexpr):
-        part, row, column = tl.program_id(1), tl.program_id(0) * HEADS + tl.arange(0, HEADS), tl.arange(0, HALF)
+                        HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
+        part, row, column = tl.program_id(1), tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF)
         inside = (row < n_rows)[:, None] & (column < D // 2)[None, :]
         token = (row // H).to(tl.int64)
         at = ((token * 3 + part) * H + row % H)[:, None] * D + column[None, :]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.compiling import compile_static
-from model import GPT, PLAIN, rotary_angles
+from model import GPT, PLAIN, CausalSelfAttention, SlidingWindowAttention, rotary_angles
 
 CHUNK_TOKENS = 256  # of a prompt at a time: what bounds the memory of the scores
 
@@ -59,9 +59,14 @@ class KVCache:
     """
     The caches of all layers for B sequences of up to max_tokens, which are fed to the model in order. On CUDA the step
     of a single token is captured as a graph; compiled=True fuses its kernels too, which takes some 20 s once.
+    ValueError for a variant whose `attend` is another function: `LayerCache.attend` takes its place.
     """
 
     def __init__(self, model: GPT, max_tokens: int, batch_size: int = 1, compiled: bool = False):
+        for block in model.transformer.h:
+            if type(block.attn).attend not in (CausalSelfAttention.attend, SlidingWindowAttention.attend):
+                raise ValueError(f"{type(block.attn).__name__} has an attend of its own, unknown to the cache: "
+                                 "sample with --recompute")
         config, weight = model.config, model.lm_head.weight
         shape = (batch_size, config.n_head, config.head_dim)
         whole = math.ceil(max_tokens / 128) * 128  # matrix products over an odd number of entries are slow

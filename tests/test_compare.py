@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -173,16 +176,75 @@ def test_baseline(capsys, folder, name):
 
 
 def test_power_goes_by_the_noise_of_all_groups(capsys, folder):
-    """A third group is less sure; by hand: variances 1, 1.21 and 100 times that of 0, 0.01, 0.03."""
-    for seed, offset in enumerate((0.0, 0.1, 0.3)):
+    """A third group is less sure; by hand: variances 1, 1.21 and 9 times that of 0, 0.01, 0.03."""
+    for seed, offset in enumerate((0.0, 0.03, 0.09)):
         write_run(folder / f"other{seed}", [5.0, 4.2 + offset], seed, learning_rate=1.0)
     found = numbers(capsys, folder)["at_equal"]["tokens"]
-    noise = np.std([0, 0.01, 0.03], ddof=1) * math.sqrt((1 + 1.21 + 100) / 3)
+    noise = np.std([0, 0.01, 0.03], ddof=1) * math.sqrt((1 + 1.21 + 9) / 3)
     assert found["noise"] == pytest.approx(noise) and found["freedom"] == 6
     assert [row["smallest"] for row in found["against"]] == [pytest.approx(smallest_difference(noise, 3, 3))] * 2
     low, high = noise * math.sqrt(6 / 14.449), noise * math.sqrt(6 / 1.237)  # chi-squared's table
     assert found["noise_interval"] == pytest.approx([low, high], rel=1e-3)
-    assert "Noise floor: 0.0892 (95 % interval 0.0575 to 0.1963)" in run_compare(capsys, folder).out
+    assert "Noise floor: 0.0295 (95 % interval 0.0190 to 0.0650)" in run_compare(capsys, folder).out
+
+
+def test_a_group_that_is_unsure_is_no_noise_of_the_others(capsys, folder):
+    """With 100 times the spread: the tests of the others go by their own, as without it."""
+    from scipy import stats
+
+    alone = numbers(capsys, folder)["at_equal"]["tokens"]["against"][0]
+    for seed, offset in enumerate((0.0, 1.0, 3.0)):
+        write_run(folder / f"unsure{seed}", [5.0, 3.0 + offset], seed, learning_rate=1.0)
+    found = numbers(capsys, folder)["at_equal"]["tokens"]
+    losses = [list(row["val_loss"].values()) for row in found["groups"]]
+    assert found["unequal_spread"] == pytest.approx(stats.bartlett(*losses).pvalue) and found["unequal_spread"] < 0.01
+    row = next(row for row in found["against"] if "96wide" in row["label"])
+    assert row["smallest"] == pytest.approx(alone["smallest"]) and row["seeds_needed"] == alone["seeds_needed"] == 3
+    out = run_compare(capsys, folder).out
+    assert "No noise floor: the spread over seeds differs between the groups, 0.0153 to 1.5275 (Bartlett's" in out
+    assert "go by the spread of the two groups." in out and "Noise floor:" not in out
+
+
+def test_what_sets_the_point_is_said(capsys, folder):
+    """One run was killed after its first evaluation, another had a longer schedule."""
+    assert "No further" not in run_compare(capsys, folder).out
+    write_run(folder / "late", [5.0], seed=7, max_steps=20, status=None)
+    out = run_compare(capsys, folder).out
+    assert "### At equal tokens: 10,000" in out and out.count("No further than here came `late`.") == 1
+    assert "Here the groups have done" not in out
+    write_run(folder / "long", [5.0, 4.0], max_steps=40, learning_rate=1.0)
+    assert "Here the groups have done 25% to 50% of their steps." in run_compare(capsys, folder).out
+
+
+def test_an_edit_of_the_code_is_compared_by_folder(capsys, tmp_path):
+    for i, name in enumerate(("before", "after")):
+        for seed in range(3):
+            write_run(tmp_path / name / f"run{seed}", [5.0, 4.0 - i / 10 + seed / 100], seed)
+    both = tmp_path / "before", tmp_path / "after"
+    error = refused(capsys, *both)
+    assert "same settings and seed" in error and "--by_folder" in error
+    found = run_compare(capsys, *both, "--by_folder")
+    assert found.code == 0 and "| `folder=after` | -0.1000" in found.out and "| against `folder=before` |" in found.out
+
+
+def test_a_reader_that_has_seen_enough(folder):
+    """`compare.py ... | head -1`: no traceback, and what was to be written is there."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, compare.__file__, str(folder), "--json", str(folder / "numbers.json")]
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, "") and (folder / "numbers.json").exists()
+
+
+def test_a_path_is_a_baseline(capsys, folder):
+    assert "against `d1_2heads_96wide" in run_compare(capsys, folder, "--baseline", folder / "wide1").out
+
+
+def test_weights_that_differ_under_one_name_are_no_seeds(capsys, tmp_path):
+    for seed, weights in enumerate(("a" * 64, "a" * 64, "b" * 64)):
+        write_run(tmp_path / str(seed), [5.0, 4.0], seed, init_from="base", init_weights=weights)
+    assert list(numbers(capsys, tmp_path)["runs"]) == ["init_from=base aaaaaaaa", "init_from=base bbbbbbbb"]
 
 
 def test_unknown_baseline(capsys, folder):
@@ -437,9 +499,13 @@ def rewrite(path, **changes):
 def test_what_else_differs_between_runs_is_named_once_for_each_kind(capsys, folder):
     for path in folder.iterdir():
         kernels = {"attention": "cuDNN", "parts": "fused", "dtype": "bfloat16"}
-        rewrite(path, versions={"device": "CPU", "torch": "2.13.0"}, kernels=kernels, environment={"runs_beside": 0})
+        rewrite(path, versions={"device": "CPU", "torch": "2.13.0"}, kernels=kernels, environment={"runs_beside": 0},
+                batch_size=64)
         (path / "source.diff").write_text("a" * 40 + "\n")
     assert numbers(capsys, folder)["notes"] == []
+    rewrite(folder / "wide2", batch_size=32)
+    known = {"data": "/somewhere/texts", "val_tokens": 64}
+    rewrite(folder / "small0", train_config=known | {"recompute_gelu": True})
     for i in range(2):
         rewrite(folder / f"wide{i}", versions={"device": "CPU", "torch": "2.11.0"},
                 kernels=kernels | {"parts": "plain"}, environment={"runs_beside": i + 1})
@@ -450,7 +516,10 @@ def test_what_else_differs_between_runs_is_named_once_for_each_kind(capsys, fold
     assert found == [
         "training times and tokens/s of 2 of 6 runs were taken with up to 2 other runs on the same GPU",
         "different torch: 2.13.0 (4 of 6 runs); 2.11.0 (2 of 6 runs)",
-        "different kernels: parts fused (4 of 6 runs); parts plain (2 of 6 runs)"]
+        "different execution: parts fused, batch_size 64, recompute_gelu True (1 of 6 runs); "
+        "parts fused, batch_size 64, recompute_gelu not known (2 of 6 runs); "
+        "parts plain, batch_size 64, recompute_gelu not known (2 of 6 runs); "
+        "parts fused, batch_size 32, recompute_gelu not known (1 of 6 runs)"]
     assert code.startswith(f"different code: {'a' * 10} (3 of 6 runs); {'b' * 10} (1 of 6 runs); ")
     assert code.count(f"{'a' * 10} with changes ") == 2
 
@@ -497,14 +566,22 @@ def test_diverged_runs_count(capsys, folder, how):
 
 
 def test_worse_than_a_guess_has_diverged(capsys, folder):
-    """ln V is 6.238; once above it and then below is sound."""
-    write_run(folder / "small3", [6.0, 6.3], seed=3)
-    write_run(folder / "small4", [6.3, 4.0], seed=4)
+    """By half a nat, ln V is 6.238; once above it and then below is sound."""
+    write_run(folder / "small3", [6.0, 6.8], seed=3)
+    write_run(folder / "small4", [6.8, 4.0], seed=4)
     found = run_compare(capsys, folder)
-    assert ("- diverged: small3 (step 20 of 20, finished, validation loss 6.3000, that of a guess is 6.2383)"
+    assert ("- diverged: small3 (step 20 of 20, finished, validation loss 6.8000, that of a guess is 6.2383)"
             in found.out)
     assert "diverged 1 of 5" in found.out and "small4" not in found.out
     assert numbers(capsys, folder)["at_equal"]["tokens"]["groups"][0]["mean"] == pytest.approx(4.01)
+
+
+def test_what_has_learnt_nothing_has_not_diverged(capsys, tmp_path):
+    """New weights lie a little above ln V."""
+    write_run(tmp_path / "still", [6.40, 6.39], learning_rate=1e-9)
+    write_run(tmp_path / "learns", [5.0, 4.0])
+    out = run_compare(capsys, tmp_path).out
+    assert "6.3900" in out and "diverged" not in out
 
 
 def test_all_diverged(capsys, tmp_path):

@@ -269,6 +269,14 @@ def test_eval_json_keeps_what_is_there(trained, ask, copy):
         assert ask()[0] == 0 and len(kept(copy, step=2)) == 1
 
 
+def test_scores_that_nobody_reads_are_kept(ask, copy, monkeypatch):
+    def closed(*arguments):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(eval, "print_table", closed)
+    assert ask()[0] == 2 and kept(copy)
+
+
 def test_a_place_that_cannot_be_written_to(ask, copy):
     (copy / "run" / "eval.json").mkdir()
     code, out, err = ask()
@@ -309,6 +317,12 @@ def test_too_few_or_too_many_val_tokens(ask, copy, val_tokens):
 
 
 GOOD = json.dumps({"ctx": "A", "endings": ["b", "c", "d", "e"], "label": 0}).encode()
+
+
+def test_a_file_may_end_in_empty_lines(ask, trained, tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes((trained.directory / "hellaswag.jsonl").read_bytes() + b"\n\r\n")
+    assert ask(val_tokens=0, hellaswag=path)[0] == 0
 
 
 @pytest.mark.parametrize(("line", "reason"), [
