@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
-from configs.recipes import RESULT_FIELDS, TrainConfig
+from configs.recipes import RESULT_FIELDS, TrainConfig, restored
 from files import read_text
 from model import GPT, GPTConfig
 from rundir import DONE, NOT_FINITE, BadOption, directory_of, is_row, parse_object, read_json
@@ -212,10 +212,10 @@ def read_run(path: Path) -> Run:
                 if not isinstance(config[part][name], kind):
                     raise TypeError(f"{name}={config[part][name]!r}")
         settings = {name: value for name, value in config["settings"].items() if name in RESULT_FIELDS}
-        TrainConfig(**settings)  # refuses values that are out of range, or of another type
+        restored(TrainConfig, settings | {"dtype": "auto"})  # refuses what is out of range or of another type
         if not isinstance(config.get("val_targets", 0), int):
             raise TypeError(f"val_targets={config['val_targets']!r}")
-        gpt_config = GPTConfig(**config["model_config"])
+        gpt_config = restored(GPTConfig, config["model_config"])
         flops_per_token = model_size(gpt_config, config["settings"]["sequence_length"])[1]
     except (KeyError, TypeError, ValueError) as error:
         raise BadOption(f"{path / 'config.json'} is missing, damaged or of another version: {error}") from error

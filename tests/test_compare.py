@@ -407,7 +407,7 @@ def test_damaged_config(capsys, tmp_path, damage):
 
 
 @pytest.mark.parametrize("change", [
-    {"learning_rate": "x"}, {"learning_rate": []}, {"init_from": 5}, {"total_batch_tokens": 0}, {"max_steps": True},
+    {"learning_rate": "x"}, {"learning_rate": None}, {"init_from": 5}, {"total_batch_tokens": 0}, {"max_steps": True},
     {"n_layer": {}}, {"schedule": 5}, {"dtype": None}, {"seed": -1}])
 def test_settings_of_any_content(capsys, tmp_path, change):
     path = write_run(tmp_path / "run", [4.0], **change)
