@@ -158,9 +158,10 @@ RECIPES = {
 
 def restored(kind: type, values: dict):
     """The TrainConfig or GPTConfig of values that were kept as JSON. TypeError or ValueError for what is none."""
-    for name, of in get_type_hints(kind).items():
-        if name in values and not fits(values[name], of):
-            raise TypeError(f"{name}={values[name]!r}")
+    of = get_type_hints(kind)
+    for name in values:
+        if name not in of or not fits(values[name], of[name]):
+            raise TypeError(f"{name!r}: {values[name]!r}")
     return kind(**values)
 
 

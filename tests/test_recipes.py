@@ -346,3 +346,9 @@ def test_configs_come_back_from_json():
 def test_what_is_no_config_is_refused(kind, wrong):
     with pytest.raises(TypeError):
         restored(kind, wrong)
+
+
+def test_a_name_of_two_lines_makes_a_message_of_one():
+    with pytest.raises(TypeError) as caught:
+        restored(GPTConfig, {"n\nlayer": 1})
+    assert "\n" not in str(caught.value)
