@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
+
 MOST_AT_ONCE = 2**30  # bytes in a write; Linux takes 2^31 - 4096
 
 
@@ -87,6 +89,11 @@ def fsync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex sha256 of a file, with a bar where that takes longer than a second. Raises OSError."""
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with (open(path, "rb", buffering=0) as file,
+          tqdm(total=size, desc=f"checking {path}", unit="B", unit_scale=True, delay=1, leave=False) as bar):
+        while part := file.read(2**24):
+            digest.update(part)
+            bar.update(len(part))
+    return digest.hexdigest()

@@ -104,8 +104,12 @@ def download() -> Path:
         if temporary is None:
             return path
         try:
-            with urllib.request.urlopen(URL, timeout=60) as response:
-                content = response.read()
+            with (urllib.request.urlopen(URL, timeout=60) as response,
+                  tqdm(desc=path.name, unit="B", unit_scale=True, delay=1, leave=False) as bar):
+                content = bytearray()
+                while part := response.read(2**16):
+                    content += part
+                    bar.update(len(part))
         except (OSError, HTTPException) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{URL}: download failed: {reason}; or give the file: --hellaswag FILE") from None
