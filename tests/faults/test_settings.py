@@ -27,6 +27,9 @@ CHANGES = {  # setting: (value of the run, value of the next start)
     "window_pattern": ("S", "SL"), "mlp_activation": ("gelu", "relu2"), "untie": (False, True),
     "logit_softcap": (None, 30.0),
 }
+for name, value in result_settings(TrainConfig(), GPTConfig()).items():  # a field of a new variant
+    if value is None or isinstance(value, int | float):
+        CHANGES.setdefault(name, (value, not value if isinstance(value, bool) else 2 * (value or 0.5)))
 OTHER_WEIGHTS = ("n_layer", "n_embd", "vocab_size", "untie")  # those of the run do not fit
 FAULT = "a setting is another when a run goes on, each in turn"
 
