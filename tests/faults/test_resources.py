@@ -235,9 +235,9 @@ def test_one_run_in_a_directory(whole, tmp_path):  # noqa: F811
             small.assert_same_result(place.path, place.runs.out_dir / "whole")
             counts.survived += 1
             del options["stop_after"]
-        control, _ = race(Place(tmp_path / "control", whole.runs.data), options, control=True)
+        control, codes = race(Place(tmp_path / "control", whole.runs.data), options, control=True)
         for process in control:
             process.kill()
             process.join()
-        counts.control(len(control) > 1)
+        counts.control(len(control) > 1 or codes != [3, 3, 3])  # those that do not train meet what others write
         assert counts.naive_failed
