@@ -73,7 +73,8 @@ class CompareConfig:
 def choose_baseline(groups: list[Group], name: str | None) -> list[Group]:
     """The groups with this one first; BadOption, with their labels, if it is none of them."""
     chosen = next((group for group in groups if name is None or name == group.label
-                   or Path(name).name in [run.name for run in group.runs]), None)
+                   or name in [run.name for run in group.runs]
+                   or Path(name).resolve() in [run.path.resolve() for run in group.runs]), None)
     if chosen is None:
         raise BadOption(f"baseline={name!r} is none of {', '.join(group.label for group in groups)}")
     return [chosen] + [group for group in groups if group is not chosen]

@@ -56,9 +56,9 @@ def compare_at(axis: str, groups: list[Group]) -> dict:
 
 def set_by(groups: list[Group], tokens: float) -> list[str]:
     """The runs that were evaluated there last, where others came further: they set this point for all."""
-    last = {run.name: run.evaluations("tokens")[-1] for group in groups for run in group.sound
-            if len(run.evaluations("tokens"))}
-    return [name for name, place in last.items() if place == tokens < max(last.values())]
+    last = [(run.name, run.evaluations("tokens")[-1]) for group in groups for run in group.sound
+            if len(run.evaluations("tokens"))]
+    return [name for name, place in last if place == tokens < max(place for _, place in last)]
 
 
 def opponents(groups: list[Group]) -> list[int]:

@@ -225,6 +225,8 @@ def test_an_edit_of_the_code_is_compared_by_folder(capsys, tmp_path):
     assert "same settings and seed" in error and "--by_folder" in error
     found = run_compare(capsys, *both, "--by_folder")
     assert found.code == 0 and "| `folder=after` | -0.1000" in found.out and "| against `folder=before` |" in found.out
+    found = run_compare(capsys, *both, "--by_folder", "--baseline", tmp_path / "after" / "run1")
+    assert found.code == 0 and "| against `folder=after` |" in found.out
 
 
 def test_a_reader_that_has_seen_enough(folder):
@@ -407,8 +409,8 @@ def test_damaged_config(capsys, tmp_path, damage):
 
 
 @pytest.mark.parametrize("change", [
-    {"learning_rate": "x"}, {"learning_rate": None}, {"init_from": 5}, {"total_batch_tokens": 0}, {"max_steps": True},
-    {"n_layer": {}}, {"schedule": 5}, {"dtype": None}, {"seed": -1}])
+    {"learning_rate": "x"}, {"learning_rate": []}, {"learning_rate": None}, {"init_from": 5}, {"total_batch_tokens": 0},
+    {"max_steps": True}, {"n_layer": {}}, {"schedule": 5}, {"dtype": None}, {"seed": -1}])
 def test_settings_of_any_content(capsys, tmp_path, change):
     path = write_run(tmp_path / "run", [4.0], **change)
     for options in [], ["--card"]:

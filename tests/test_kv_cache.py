@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from configs.variants import VARIANTS
-from kernels.kv_cache import KVCache, Recompute
-from model import GPT, CausalSelfAttention, SlidingWindowAttention, attention_class
+from kernels.kv_cache import KNOWN, KVCache, Recompute
+from model import GPT, CausalSelfAttention, attention_class
 
 BODY = {"n_layer": 4, "n_head": 2, "n_embd": 64, "vocab_size": 512}
-KNOWN = CausalSelfAttention.attend, SlidingWindowAttention.attend
 SMALL = {}  # each distinct set of flags once, windows of 256 tokens and more as 7, on a small body
 for name, config in VARIANTS.items():
     small = replace(config, **BODY, window_size=config.window_size and max(5, min(7, config.window_size // 36)))

@@ -239,5 +239,5 @@ def test_one_run_in_a_directory(whole, tmp_path):  # noqa: F811
         for process in control:
             process.kill()
             process.join()
-        counts.control(len(control) > 1 or codes != [3, 3, 3])  # those that do not train meet what others write
+        counts.control(codes != [3, 3, 3])  # more of them train, or they meet what another one writes
         assert counts.naive_failed
