@@ -646,7 +646,9 @@ def test_at_random_instants(longer, tmp_path, i):
             counts.survived += killed
             n_runs += 1
         assert n_saved > n_in_loop / 3, (n_saved, n_in_loop)  # the others were in steps before the first save
-        for _ in range(20):
+        for n_tried in range(200):  # a naive save is in hand in one of five
+            if n_tried >= 20 and counts.naive_failed:
+                break
             shutil.rmtree(place.runs.out_dir, ignore_errors=True)
             if kill_at_random(place, generator, most, control=True):
                 counts.control(naive_fails(place, expected))
@@ -724,7 +726,7 @@ def kill_the_command(place, generator, *launcher) -> bool:
     process = place.runs.start(*launcher, **OPTIONS | place.changes)
     small.wait_for(process, "val loss")
     with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=generator.uniform(0, 0.3))
+        process.wait(timeout=generator.uniform(0, 0.15))
     process.kill()
     killed = process.wait() == -9
     process.stdout.close()
