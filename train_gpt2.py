@@ -199,7 +199,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
             checkpoint.check_weights(weights_from, GPT(gpt_config))
 
     def evaluation_due(step: int) -> bool:
-        return config.val_every and (step % config.val_every == 0 or step == config.max_steps)
+        return config.val_every > 0 and (step % config.val_every == 0 or step == config.max_steps)
 
     answer = torch.tensor([-1, 0])
     try:  # the first process looks where to start, and all get its answer

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -200,7 +201,13 @@ def is_run(path: Path) -> bool:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if is_run(path))
+    return sorted((path for path in folder.glob("*") if is_run(path)), key=by_numbers)
+
+
+def by_numbers(path: Path) -> tuple[list, str]:
+    """The name's numbers count as such, in a sort: 1e-06 before 0.001, window256 before window1024."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", path.name)  # words and numbers in turn
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)], path.name
 
 
 def read_run(path: Path) -> Run:

@@ -354,6 +354,16 @@ def test_names_paths_and_folders(folder, monkeypatch):
     assert len(find_runs([str(folder)], "runs")) == 6
 
 
+def test_runs_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["d12", "d12-learning_rate=1e-06", "d12-learning_rate=0.0003", "d12-learning_rate=0.001",
+             "d12_qk_norm", "d12_window128", "d12_window0128", "d12_window1024", "d24"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    names[5:7] = sorted(names[5:7])  # of the same number
+    assert [path.name for path in find_runs([str(tmp_path)], "runs")] == names
+
+
 # -----------------------------------------------------------------------------
 # what is refused, and what is said
 
