@@ -68,26 +68,53 @@ def finish(canvas, axes, path: Path):
     canvas.savefig(path, pil_kwargs={"optimize": True})
 
 
+def draw(panel, x, values: list, **look):
+    """A line through the means, and a band over the ranges, of each x's values, one a seed."""
+    panel.plot(x, [np.mean(some) for some in values], markersize=4, **look)
+    panel.fill_between(x, [min(some) for some in values], [max(some) for some in values], color=look["color"],
+                       alpha=0.2, linewidth=0)
+
+
 def plot_loss(groups: list[Group], axis: str, name: str, path: Path):
-    """Validation loss at each evaluation, the mean of the seeds that came to it."""
-    canvas, axes = figure(len(groups))
+    """Validation loss at each evaluation, the mean of the seeds that came to it; below, its distance from the first."""
+    compared = len(groups) > 1 and bool(groups[0].sound)
+    canvas, axes = figure(len(groups), n_panels=1 + compared)
     for i, group in enumerate(groups):
         curves = {}  # (x, loss) of each run, by step
         for run in group.runs:
             for step, x, loss in zip(*map(run.evaluations, ("step", axis, "val_loss")), strict=True):
                 curves.setdefault(step, []).append((x, cut(loss, group)))
         points = [np.array(curves[step]) for step in sorted(curves)]
-        x, mean = [point[:, 0].mean() for point in points], [point[:, 1].mean() for point in points]
-        look = {"color": colour(i, len(groups)),
+        look = {"color": colour(i, len(groups)), "marker": ".",
                 "label": f"{group.label}, {len(group.runs)} seed" + "s" * (len(group.runs) > 1)}
-        axes[0].plot(x, mean, ".-", markersize=4, **look)
-        axes[0].fill_between(x, [point[:, 1].min() for point in points], [point[:, 1].max() for point in points],
-                             color=look["color"], alpha=0.2, linewidth=0)
+        draw(axes[0], [point[:, 0].mean() for point in points], [point[:, 1] for point in points], **look)
         for run in group.runs:
             if run.diverged and len(run.log[axis]):
                 axes[0].plot(run.log[axis][-1], 0.97, "x", color=look["color"], transform=axes[0].get_xaxis_transform())
-    axes[0].set(xlabel=name, ylabel="validation loss, nats", title="Mean and range of the seeds (x: diverged)")
+    axes[0].set(ylabel="validation loss, nats", title="Mean and range of the seeds (x: diverged)")
+    if compared:
+        plot_difference(groups, axis, axes[1])
+    axes[-1].set(xlabel=name)
     finish(canvas, axes, path)
+
+
+def plot_difference(groups: list[Group], axis: str, panel):
+    """
+    Validation loss of each run that did not diverge less the mean of the first group, where a run of that was
+    evaluated, to the scale of the second half: there the lines of the losses lie upon one another.
+    """
+    places, mean, late = groups[0].sound[0].evaluations(axis), None, []
+    for i, group in enumerate(groups):
+        if group.sound:
+            losses = np.array([[run.at(axis, x) for run in group.sound] for x in places])  # (places, runs)
+            mean = losses.mean(axis=1, keepdims=True) if i == 0 else mean
+            there = np.isfinite(apart := losses - mean).all(axis=1)
+            draw(panel, places[there], list(apart[there]), color=colour(i, len(groups)), marker=".")
+            late.append(apart[there & (np.arange(len(places)) >= len(places) // 2)].ravel())
+    low, high = np.min(late := np.concatenate(late), initial=0), np.max(late, initial=0)
+    if low < high:
+        panel.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    panel.set(ylabel=f"difference from\n{fill(groups[0].label, 40)}")
 
 
 def plot_stability(groups: list[Group], path: Path):
@@ -110,28 +137,31 @@ def plot_stability(groups: list[Group], path: Path):
 
 def plot_rates(groups: list[Group], name: str, tokens: float, path: Path):
     """
-    Validation loss after these tokens over the learning rate, a line for each group that differs in nothing else. A
-    rate at which runs diverged has a cross at the top with their number, and a point for those that did not, if any.
+    Validation loss after these tokens over the learning rate, a line for each group that differs in nothing else, and
+    the loss spikes of whole runs. A rate at which runs diverged has a cross at the top with their number, and a point
+    for those that did not, if any.
     """
     lines = by_rate([run for group in groups for run in group.runs], name)
-    canvas, axes = figure(len(lines))
+    canvas, axes = figure(len(lines), n_panels=2)
     for i, (line, rates) in enumerate(lines):
-        x, losses, look = [], [], {"color": colour(i, len(lines))}
+        losses, spikes, look = {}, {}, {"color": colour(i, len(lines))}  # by rate
         for group in rates:
             rate = group.runs[0].settings[name]
             if rate == 0:  # has no place on a logarithmic axis
                 continue
+            spikes[rate] = [run.spikes.sum() for run in group.runs]
             if group.sound:
-                x.append(rate)
-                losses.append(cut([run.at("tokens", tokens) for run in group.sound], group))
+                losses[rate] = cut([run.at("tokens", tokens) for run in group.sound], group)
             if group.n_diverged:
                 y, above = 0.97 - 0.05 * i, {"transform": axes[0].get_xaxis_transform()} | look  # y: of the height
                 axes[0].plot(rate, y, "x", **above)
                 axes[0].text(rate, y, f"  {group.n_diverged} of {len(group.runs)}", fontsize=7, va="center", **above)
-        axes[0].plot(x, [np.mean(group) for group in losses], "o-", markersize=4, **look, label=line.label)
-        axes[0].fill_between(x, [min(group) for group in losses], [max(group) for group in losses], alpha=0.2,
-                             linewidth=0, **look)
-    axes[0].set(xscale="log", xlabel=name.replace("_", " "), ylabel="validation loss, nats",
+        draw(axes[0], list(losses), list(losses.values()), marker="o", label=line.label, **look)
+        draw(axes[1], list(spikes), list(spikes.values()), marker="o", **look)
+    axes[1].set(xlabel=name.replace("_", " "), ylabel="loss spikes in a run")
+    axes[1].yaxis.get_major_locator().set_params(integer=True)
+    axes[1].set_ylim(-0.05 * (high := max(1.0, axes[1].get_ylim()[1])), high)
+    axes[0].set(xscale="log", ylabel="validation loss, nats",
                 title=f"After {tokens:,.0f} tokens: mean and range of the seeds (x: diverged)")
     axes[0].margins(0.1, 0.1 + 0.03 * len(lines))
     rates = sorted({run.settings[name] for line, _ in lines for run in line.runs} - {0})

@@ -775,11 +775,14 @@ def data_of(line) -> dict[float, float]:
 
 
 def test_what_the_losses_plots_show(capsys, folder, figures):
-    """Mean and range of the three seeds; wide takes 2 s a step. A run that diverges has a cross where it ends."""
+    """
+    Mean and range of the three seeds, and below of their distance from the mean of small; wide takes 2 s a step. A run
+    that diverges has a cross where it ends.
+    """
     write_run(folder / "wide3", [4.9, None], seed=3, step_s=2.0, model=WIDE, code=6)
     assert run_compare(capsys, folder, "--plots", folder / "plots").code == 0
     for name, step, wide_step in (("loss_over_tokens.png", 1000, 1000), ("loss_over_time.png", 1.0, 2.0)):
-        [panel] = figures[name].axes
+        panel, below = figures[name].axes
         small, wide, cross = panel.lines
         assert data_of(small) == pytest.approx({10 * step: 5 + 0.04 / 3, 20 * step: 4 + 0.04 / 3})
         assert data_of(wide) == pytest.approx({10 * wide_step: 4.9 + 0.044 / 4, 20 * wide_step: 3.9 + 0.044 / 3})
@@ -788,6 +791,32 @@ def test_what_the_losses_plots_show(capsys, folder, figures):
         assert band_of(panel, 1) == {10 * wide_step: pytest.approx((4.9, 4.933)),
                                      20 * wide_step: pytest.approx((3.9, 3.933))}
         assert list(data_of(cross)) == [20 * wide_step] and cross.get_marker() == "x"
+        m = 0.04 / 3
+        bands = [{x * step: pytest.approx((-m, 0.03 - m)) for x in (10, 20)},
+                 {x * step: pytest.approx((-0.1 - m, -0.067 - m)) for x in (10, 20)} if step == wide_step else
+                 {20.0: pytest.approx((0.9 - m, 0.933 - m))}]  # after 20 s wide is where small was after 10
+        assert [band_of(below, i) for i in range(2)] == bands
+        small, wide = below.lines
+        assert data_of(small) == pytest.approx(dict.fromkeys(bands[0], 0.0), abs=1e-9)
+        assert data_of(wide) == pytest.approx(dict.fromkeys(bands[1], (-0.1 if step == wide_step else 0.9) + 0.1 * m))
+        assert "difference from\nd1_2heads_64wide" in below.get_ylabel() and below.get_xlabel().startswith("training t")
+
+
+def test_the_scale_of_differences_is_that_of_the_second_half(capsys, tmp_path, figures):
+    write_run(tmp_path / "a", [9.0, 8.0, 5.0, 4.0])
+    write_run(tmp_path / "b", [7.0, 7.9, 5.1, 4.2], learning_rate=1.0)
+    assert run_compare(capsys, tmp_path, "--plots", tmp_path / "plots").code == 0
+    assert figures["loss_over_tokens.png"].axes[1].get_ylim() == pytest.approx((-0.02, 0.22))
+
+
+def test_no_difference_is_drawn_from_a_group_that_diverged(capsys, tmp_path, figures):
+    write_run(tmp_path / "a", [5.0, None], code=6)
+    write_run(tmp_path / "b", [5.0, 4.0], learning_rate=1.0)
+    write_run(tmp_path / "c", [5.0, None], code=6, learning_rate=2.0)
+    assert run_compare(capsys, tmp_path, "--plots", tmp_path / "plots").code == 0
+    assert len(figures["loss_over_tokens.png"].axes) == 1
+    assert run_compare(capsys, tmp_path, "--plots", tmp_path / "plots", "--baseline", "b").code == 0
+    assert [line.get_color() for line in figures["loss_over_tokens.png"].axes[1].lines] == ["C0"]
 
 
 def test_what_the_stability_plot_shows(capsys, tmp_path, figures):
@@ -805,18 +834,24 @@ def test_what_the_stability_plot_shows(capsys, tmp_path, figures):
 
 
 def test_what_the_learning_rate_plot_shows(capsys, tmp_path, figures):
-    """At the last tokens at which all were evaluated, 20,000; of three rates one diverges, and 0 has no place."""
+    """
+    At the last tokens at which all were evaluated, 20,000; of three rates one diverges, and 0 has no place. Below, one
+    loss spike in one of two runs.
+    """
+    spike = [5 + 0.01 * (i % 5) + 4 * (i == 25) for i in range(30)]
     for name, losses, rate, others in [
             ("a0", [5.0, 4.0, 3.0], 1e-4, {}), ("a1", [5.0, 4.2, 3.0], 1e-4, {"seed": 1}),
-            ("b0", [3.5], 1e-3, {"val_every": 20}), ("c0", [5.0, 4.5, 3.0], 1e-2, {}),
+            ("b0", [3.5], 1e-3, {"val_every": 20}), ("c0", [5.0, 4.5, 3.0], 1e-2, {"losses": spike}),
             ("c1", [5.0, None], 1e-2, {"seed": 1, "code": 6}), ("zero", [6.0, 6.1, 6.2], 0.0, {})]:
         write_run(tmp_path / name, losses, learning_rate=rate, max_steps=30, **others)
     assert run_compare(capsys, tmp_path, "--plots", tmp_path / "plots").code == 0
-    [panel] = figures["learning_rate.png"].axes
+    panel, below = figures["learning_rate.png"].axes
     cross, means = panel.lines
     assert data_of(means) == pytest.approx({1e-4: 4.1, 1e-3: 3.5, 1e-2: 4.5}) and "20,000 tokens" in panel.get_title()
     assert band_of(panel, 0) == {1e-4: pytest.approx((4.0, 4.2)), 1e-3: (3.5, 3.5), 1e-2: (4.5, 4.5)}
     assert list(data_of(cross)) == [1e-2] and [text.get_text() for text in panel.texts] == ["  1 of 2"]
+    [spikes] = below.lines
+    assert data_of(spikes) == {1e-4: 0, 1e-3: 0, 1e-2: 0.5} and band_of(below, 0)[1e-2] == (0, 1)
 
 
 def test_what_cannot_be_written(capsys, folder):
