@@ -69,4 +69,4 @@ def signature(argument):
         return tuple(map(signature, argument))
     if isinstance(argument, torch.Tensor):
         return argument.shape, argument.stride(), argument.dtype, argument.device, argument.requires_grad
-    return argument if isinstance(argument, int | None) else type(argument)
+    return argument if isinstance(argument, int | float | None) else type(argument)

@@ -218,6 +218,11 @@ def test_more_shapes_than_torch_compiles_are_refused(compiled):
         compiled(torch.ones(limit + 1), 1)
 
 
+def test_another_number_may_be_compiled(compiled):
+    """Such as another attention_scale: torch makes it part of the compiled form."""
+    assert [compiled(torch.ones(1), number).item() for number in (1, 2, 0.25, 0.5, 0.25)] == [2, 3, 1.25, 1.5, 1.25]
+
+
 def test_running_uncompiled_is_refused(compiled):
     with torch._dynamo.config.patch(disable=True), pytest.raises(SlowPath, match="plus would run uncompiled"):
         compiled(torch.ones(3), 1)

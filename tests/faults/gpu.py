@@ -355,7 +355,7 @@ def save_cost(lab: Lab, place: Path, gpus: str) -> dict:
     return {"quiet_step_s": quiet, "saves": found, "wall_s": whole, "clocks": clocks}
 
 
-TWO = {"save_every": 10, "max_steps": 40, **DETERMINISTIC}
+TWO = {"n_layer": 2, "save_every": 10, "max_steps": 40, **DETERMINISTIC}  # beside others, which need the memory
 
 
 def torchrun(*options: str) -> dict:
@@ -560,7 +560,8 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(dir=config.work)).resolve()
     lab, results, begun, lock = Lab(config, seed, work), {}, time.time(), threading.Lock()
     device = torch.device(config.device)
-    about = {"command": shlex.join(["python", "-m", "tests.faults.gpu", *sys.argv[1:]]), "seed": seed,
+    only = ["--only", config.only] if config.only else []
+    about = {"command": shlex.join(["python", "-m", "tests.faults.gpu", "--seed", str(seed), *only]),
              "commit": git("rev-parse", "HEAD").decode().strip(), "on": machine.describe(device),
              "gpus": len(lab.gpus), "cores": os.cpu_count(), "size": vars(lab.size)}
 
@@ -585,7 +586,8 @@ def main() -> int:
             found = function(lab, place, gpus, *arguments, **options)
         except BaseException as error:
             traceback.print_exc()
-            found = {"error": f"{type(error).__name__}: {error}"[-3000:]}
+            words = f"{type(error).__name__}: {error}".replace(f"{work}/", "").replace(f"{ROOT}/", "")
+            found = {"error": words[-3000:]}
         if lab.expired and "error" in found:
             found["error"] = f"{DEADLINE} ({found['error'][:200]})"
         with lock:
@@ -630,7 +632,7 @@ def main() -> int:
         lab.expire()
         write()
         shutil.rmtree(work, ignore_errors=True)
-    told = lines(measured())
+    told = lines(found) if (found := measured()) else []
     print(f"\n{about['on']}, {len(lab.gpus)} GPUs, {(time.time() - begun) / 60:.1f} minutes\n")
     print("| what | measured |\n|---|---|")
     for what, figure, promised in told:
@@ -638,7 +640,7 @@ def main() -> int:
     failed = [name for name in wanted if name not in results or "error" in results[name]]
     if failed:
         print(f"\nfailed or not run: {', '.join(failed)}")
-    return int(bool(failed) or any(promised is False for *_, promised in told))
+    return int(bool(failed) or not told or any(promised is False for *_, promised in told))
 
 
 if __name__ == "__main__":

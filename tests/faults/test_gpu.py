@@ -34,12 +34,23 @@ def same_seed(value):
 
 def test_a_trial_that_fails_is_recorded_and_stops_no_other(tmp_path, monkeypatch, capsys):
     names = [f"{time_} tiny adamw deterministic" for time_ in ("first", "second")]
-    shared = {"unkilled": (lambda *_: 1 / 0, (), {}), **{name: (lambda *_: same_seed(1), (), {}) for name in names}}
+    def fails(lab, place, gpus):
+        raise OSError(f"nothing in {place}")
+
+    shared = {"unkilled": (fails, (), {}), **{name: (lambda *_: same_seed(1), (), {}) for name in names}}
     monkeypatch.setattr(gpu, "trials", lambda size: (shared, {}, {}))
     code, found = run(monkeypatch, tmp_path / "out.json")
-    assert code == 1 and list(found["failed"]) == ["unkilled"] and "ZeroDivisionError" in found["failed"]["unkilled"]
+    assert code == 1 and found["failed"] == {"unkilled": "OSError: nothing in unkilled"}
+    assert str(tmp_path) not in json.dumps(found)
     assert found["figures"]["same_seed"]["tiny adamw deterministic"]["bitwise"]
     assert "failed or not run: unkilled" in capsys.readouterr().out
+
+
+def test_trials_that_say_nothing_useful_are_written_and_fail(tmp_path, monkeypatch):
+    names = [f"{time_} tiny adamw deterministic" for time_ in ("first", "second")]
+    monkeypatch.setattr(gpu, "trials", lambda size: ({name: (lambda *_: {}, (), {}) for name in names}, {}, {}))
+    code, found = run(monkeypatch, tmp_path / "out.json")
+    assert code == 1 and found["figures"] == {} and set(found["trials"]) == set(names)
 
 
 def test_what_does_not_hold_is_said(tmp_path, monkeypatch, capsys):
