@@ -132,7 +132,7 @@ def product(layout: str, left: torch.Tensor, right: torch.Tensor, dtype: torch.d
 
 @operator(lambda term, *_: term.new_empty(term.shape))
 def product_sum(term: torch.Tensor, layout: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """term + left right, rounded once; all bfloat16."""
+    """term + left right, rounded once, in bfloat16. residual.py puts it into compiled graphs."""
     term = operand(term)
     out = torch.empty_like(term)
     matmul(layout, operand(left), operand(right), out, term=term)

@@ -55,5 +55,5 @@ def is_sum(node, term, view) -> bool:
     product = view.args[0]
     if product.target is not fused.product or len(product.users) > 1:
         return False
-    same = {(value.shape, value.dtype) for value in (one.meta["val"] for one in (node, term, view))}
-    return same == {(node.meta["val"].shape, fused.DTYPE)}
+    shape = node.meta["val"].shape
+    return all(one.meta["val"].shape == shape and one.meta["val"].dtype == fused.DTYPE for one in (node, term, view))
