@@ -81,6 +81,9 @@ class Saver:
         self.thread = ThreadPoolExecutor(1) if beside else None
         if self.thread:  # pinning memory takes a second, in which this process has something else to do
             self.memory = self.thread.submit(lambda: [host_memory(part) for part in layouts(model, optimizers)])
+            self.copied = None  # the end of a copy
+            for optimizer in optimizers:  # an update changes what is copied, forward and backward do not
+                optimizer.register_step_pre_hook(self.before_update)
 
     def save(self, step: int, model: torch.nn.Module, optimizers: list, state: dict, last: bool):
         """Of `step` updates. last: returns when it is on the disk."""
@@ -90,9 +93,10 @@ class Saver:
         try:
             self.run.sync()  # a checkpoint must not be ahead of metrics.jsonl
             if self.thread:
-                tensors = [copy_to(memory, part) for memory, part in zip(self.memory.result(), tensors, strict=True)]
-                machine.synchronize(next(model.parameters()).device)
-                self.in_hand = self.thread.submit(save, self.run.path, step, *tensors, state, self.keep_last)
+                copies = self.memory.result()
+                self.copied = machine.copy_aside(
+                    [(copy[name], part[name]) for copy, part in zip(copies, tensors, strict=True) for name in part])
+                self.in_hand = self.thread.submit(self.write, step, copies, state)
             else:
                 save(self.run.path, step, *tensors, state, self.keep_last)
                 self.n_failed = 0
@@ -100,6 +104,17 @@ class Saver:
             self.failed(error)
         if last:
             self.wait()
+
+    def before_update(self, *_):
+        """The device, not the host, waits for the copy."""
+        if self.copied:
+            torch.cuda.current_stream().wait_event(self.copied)
+
+    def write(self, step: int, copies: list[dict], state: dict):
+        """In the thread."""
+        if self.copied:
+            self.copied.synchronize()
+        save(self.run.path, step, *copies, state, self.keep_last)
 
     def wait(self):
         """For the save in hand."""
@@ -146,13 +161,6 @@ def host_memory(layout: dict) -> dict:
     """A tensor for each, in memory from which and to which a GPU copies beside what else it does."""
     on_cuda = torch.cuda.is_available()
     return {name: torch.empty(shape, dtype=dtype, pin_memory=on_cuda) for name, (dtype, shape) in layout.items()}
-
-
-def copy_to(memory: dict, tensors: dict) -> dict:
-    """The memory, which has the tensors' values when the device is done."""
-    for name, tensor in tensors.items():
-        memory[name].copy_(tensor, non_blocking=True)
-    return memory
 
 
 def layouts(model: torch.nn.Module, optimizers: list) -> tuple[dict, dict]:

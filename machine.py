@@ -134,6 +134,23 @@ def read_later(tensor: torch.Tensor) -> Callable[[], list]:
     return read
 
 
+def copy_aside(copies: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event | None:
+    """
+    Copies (to, from), on CUDA into pinned memory and beside what the device does next. Returns the end of it, until
+    which what is copied may be read and not changed; None: it is past.
+    """
+    if copies[0][1].device.type != "cuda":
+        for to, tensor in copies:
+            to.copy_(tensor)
+        return None
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for to, tensor in copies:
+            to.copy_(tensor, non_blocking=True)
+    return aside.record_event()
+
+
 # parts of kernel names, in the order in which they are looked for
 ATTENTION_KERNELS = {
     "cudnn": "cuDNN", "flex_attention": "flex_attention", "fmha_cutlass": "memory-efficient SDPA",

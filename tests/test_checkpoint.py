@@ -526,6 +526,53 @@ def test_a_run_goes_on_beside_a_save(runs, whole, monkeypatch):
     assert_same_result(runs.path, whole())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_waits_for_the_copy_that_is_saved(runs, whole, optimizer):
+    """A copy that ends late, as on a GPU: where the next update lets the device wait for it, or after that update."""
+    pending, waits, original_update = [], [], train_gpt2.update
+
+    class Event:
+        def __init__(self, copies):
+            self.copies, self.done = copies, threading.Event()
+
+        def end(self):
+            for to, tensor in self.copies:
+                to.copy_(tensor)
+            self.copies = []
+            self.done.set()
+
+        def synchronize(self):
+            assert self.done.wait(timeout=60)
+
+    class Stream:
+        def wait_event(self, event):
+            waits.append(len(event.copies))
+            event.end()
+
+    def copy_aside(copies):
+        pending.append(Event(copies))
+        if len(pending) == 3:  # that of the last step
+            pending[-1].end()
+        return pending[-1]
+
+    def update(*arguments):
+        report = original_update(*arguments)
+        for event in pending:
+            event.end()
+        return report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt2.machine, "runs_behind", lambda device: True)
+        patch.setattr(checkpoint.machine, "copy_aside", copy_aside)
+        patch.setattr(torch.cuda, "current_stream", Stream)
+        patch.setattr(train_gpt2, "update", update)
+        assert runs(**TWELVE, optimizer=optimizer) == 0
+    assert len(pending) == 3 and sum(n > 0 for n in waits) == 2
+    shutil.rmtree(runs.path / "step-00000012")
+    assert runs(**TWELVE, optimizer=optimizer) == 0  # from what was saved after ten steps
+    assert_same_result(runs.path, whole(optimizer=optimizer))
+
+
 def test_a_save_beside_ends_before_the_run(runs, monkeypatch):
     """Also where the run ends by an error."""
     monkeypatch.setattr(train_gpt2.machine, "runs_behind", lambda device: True)

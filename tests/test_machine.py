@@ -190,3 +190,17 @@ def test_gpu_leaves_the_host_to_others():
     """With more threads, four runs on one machine took twice their time to read their batches."""
     machine.select_device("cuda")
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.gpu
+def test_gpu_copy_aside():
+    """The copy is of what there was before it, though the GPU goes on; what waits for its end comes after it."""
+    source = torch.empty(64_000_000, device="cuda")
+    copy = torch.empty(source.shape, pin_memory=True)
+    for i in range(1, 9):
+        source.fill_(i)
+        end = machine.copy_aside([(copy, source)])
+        torch.cuda.current_stream().wait_event(end)
+        source.fill_(-1)
+        end.synchronize()
+        assert copy.eq(i).all()

@@ -118,15 +118,18 @@ rundir.leave(train_gpt2.main(sys.argv[1:]))"""
 NAIVE = CHANGED.format(change="from tests.faults import naive\nnaive.install()")
 FORGETFUL = CHANGED.format(change="checkpoint.load_optimizers = lambda *_: None")
 CLOCKED = CHANGED.format(change="""
-clock, log, save = {"lines": [], "saves": []}, rundir.RunDir.log, checkpoint.save
+clock, log, save, to_save = {"lines": [], "saves": []}, rundir.RunDir.log, checkpoint.save, checkpoint.Saver.save
+begun = []
 def timed_log(run, row):
     log(run, row)
     clock["lines"].append([row["step"], time.perf_counter()])
+def timed_to_save(*arguments, **options):
+    begun.append(time.perf_counter())
+    to_save(*arguments, **options)
 def timed_save(*arguments):
-    begin = time.perf_counter()
     save(*arguments)
-    clock["saves"].append([begin, time.perf_counter()])
-rundir.RunDir.log, checkpoint.save = timed_log, timed_save
+    clock["saves"].append([begun[-1], time.perf_counter()])
+rundir.RunDir.log, checkpoint.save, checkpoint.Saver.save = timed_log, timed_save, timed_to_save
 code = train_gpt2.main(sys.argv[1:])
 print("clock:", json.dumps(clock), flush=True)
 rundir.leave(code)""")
@@ -327,9 +330,9 @@ def cost(lab: Lab, place: Path, gpus: str, model: str) -> dict:
 
 def save_cost(lab: Lab, place: Path, gpus: str) -> dict:
     """
-    Wall clock between log lines, in one run with saves and one without. What a save costs: from the line before it to
-    the second one after its end, less as many steps as the median away from saves. The first one, for which memory is
-    pinned, apart; the last one, which the run waits for, left out.
+    Wall clock between log lines, in one run with saves and one without. A save: from the copy of the weights to their
+    checkpoint; what it costs: from the line before it to the second one after its end, less as many steps as the mean
+    away from saves. The first one, in fresh memory, apart; the last one, which the run waits for, left out.
     """
     model, every, n_saves = lab.size.models[0], lab.size.save_every, lab.size.n_saves
     options = {"model": model, "max_steps": every * (n_saves + 1), "val_every": 0, "launcher": ("-c", CLOCKED)}
@@ -341,8 +344,8 @@ def save_cost(lab: Lab, place: Path, gpus: str) -> dict:
         shutil.rmtree(place / name)
     lines, saves = clocks["with"]["lines"], clocks["with"]["saves"]
     gaps = [(a, b) for a, b in itertools.pairwise(lines) if a[0] > 10 and a[0] % every > 2]
-    quiet = statistics.median(b[1] - a[1] for a, b in gaps
-                              if not any(begin < b[1] and a[1] < end for begin, end in saves))
+    quiet = statistics.fmean(b[1] - a[1] for a, b in gaps
+                             if not any(begin < b[1] and a[1] < end for begin, end in saves))
     found = []
     for begin, end in saves[:-1]:
         first = max(i for i, (_, at) in enumerate(lines) if at <= begin)
