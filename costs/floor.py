@@ -1,7 +1,7 @@
 """
 What a step takes at least on this machine: its matrix products and its attention measured alone, and for the rest the
 least bytes at the measured rate of a large copy. Everything between two matrix products is then one kernel, and
-nothing of it is done inside them, but by the fused kernels GELU, which adds nothing to the floor, and x + f(x).
+nothing of it is done inside them, but GELU by the fused kernels, where it adds nothing to the floor.
 
 Shapes: N tokens of all sequences in a step, C = n_embd, V = vocab_size.
 """
@@ -38,9 +38,8 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, 
                      with fused kernels none
     norm and rotary  for attention and MLP of each layer, x + f(x): x and f(x) read, the sum written; in backward two
                      gradients of x read, their sum written. With pre_norm also the norm written, and in backward its
-                     output read; with post_norm f(x) read again in backward, and its gradient written. With fused
-                     kernels and without post_norm the sum is what the product writes: x and then the sum read. Rotary:
-                     q and k read and written, forward and backward; with qk_norm read again in backward. The last norm
+                     output read; with post_norm f(x) read again in backward, and its gradient written. Rotary: q and k
+                     read and written, forward and backward; with qk_norm read again in backward. The last norm
     embedding        a row read and x written; in backward the gradient of x added to a row
     optimizer        AdamW reads the weight, its gradient and two moments and writes all but the gradient, which the
                      norm for clipping has read before; Muon has one moment, and its products are left out
@@ -48,7 +47,7 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, 
     """
     x, L = tokens * config.n_embd * itemsize, config.n_layer
     of_muon = 12 * config.n_embd**2 * L if optimizer == "muon" else 0
-    branch = 6 + 2 * config.pre_norm + 2 * config.post_norm - (kernels == "fused" and not config.post_norm)  # times x
+    branch = 6 + 2 * config.pre_norm + 2 * config.post_norm  # times x
     return {
         "loss": 2 * tokens * config.vocab_size * itemsize,
         "activation": 5 * 4 * x * L * (kernels == "plain"),

@@ -2,11 +2,8 @@
 
 import functools
 import re
-from contextlib import contextmanager
 
 import torch
-
-from kernels import residual
 
 
 class SlowPath(RuntimeError):
@@ -43,7 +40,8 @@ def compile_static(function, **options):
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(autocast_dtype, ("cuda", "cpu"))
         key = (modes, *map(signature, arguments))
         try:
-            with torch.compiler.set_stance("fail_on_recompile") if key in seen else compiling():
+            with (torch.compiler.set_stance("fail_on_recompile") if key in seen else
+                  torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True)):
                 result = compiled(*arguments)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise SlowPath(f"{name} has been compiled for {torch._dynamo.config.recompile_limit} shapes, torch's limit "
@@ -58,16 +56,6 @@ def compile_static(function, **options):
         return result
 
     return call
-
-
-@contextmanager
-def compiling():
-    """What is different from torch's own settings."""
-    import torch._inductor.config  # the compiler, which is slow to import
-
-    with (torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),
-          torch._inductor.config.patch(post_grad_custom_post_pass=residual.graph_pass())):
-        yield
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -34,24 +34,22 @@ class Proposal(ctypes.Structure):
                 ("reserved", c_int32 * 4)]
 
 
-def matmul(layout, left, right, out, epilogue=None, aux=None, term=None):
+def matmul(layout, left, right, out, epilogue=None, aux=None, accumulate=False):
     """
-    out = left right, or term + left right, as (M, K) times (K, N), on the current device and one stream; all contiguous
+    out = left right, or out += left right, as (M, K) times (K, N), on the current device and one stream; all contiguous
     from an address that 256 divides, as torch allocates, in bfloat16, out also in float32. layout: NN; NT where right
     is given as (N, K); TN where left is given as (K, M). epilogue: gelu puts left right into aux and GELU (tanh) of it
-    into out, gelu_backward multiplies it by the derivative of GELU at aux. aux and term are as out, and term may be
-    out. ValueError for other tensors, RuntimeError where cuBLASLt has no algorithm.
+    into out, gelu_backward multiplies it by the derivative of GELU at aux; aux is as out. ValueError for other
+    tensors, RuntimeError where cuBLASLt has no algorithm.
     """
-    as_out = [x for x in (aux, term) if x is not None]
-    for x in (left, right, out, *as_out):
-        dtype = torch.bfloat16 if x is left or x is right else out.dtype
-        if not (x.is_contiguous() and x.data_ptr() % 256 == 0 and x.dtype == dtype):
+    for x in (left, right, out, *(() if aux is None else (aux,))):
+        if not (x.is_contiguous() and x.data_ptr() % 256 == 0 and (x.dtype == torch.bfloat16 or x is out)):
             raise ValueError(f"cuBLASLt is given {x.dtype}, strides {x.stride()}, not aligned and contiguous bfloat16")
     (M, N), K = out.shape, left.size(0 if layout[0] == "T" else 1)
-    shapes = (K, M) if layout[0] == "T" else (M, K), (N, K) if layout[1] == "T" else (K, N)
-    if (left.shape, right.shape) != shapes or any(x.shape != out.shape for x in as_out):
+    if tuple(left.shape) != ((K, M) if layout[0] == "T" else (M, K)) or (
+            tuple(right.shape) != ((N, K) if layout[1] == "T" else (K, N))):
         raise ValueError(f"{layout} product of {tuple(left.shape)} and {tuple(right.shape)} is not {tuple(out.shape)}")
-    product_of(layout, M, N, K, out.dtype, epilogue, term is not None, out.device)(left, right, out, aux, term)
+    product_of(layout, M, N, K, out.dtype, epilogue, accumulate, out.device)(left, right, out, aux)
 
 
 @functools.cache
@@ -62,10 +60,10 @@ def product_of(*arguments):
 class Product:
     """A product of these shapes, on one device."""
 
-    def __init__(self, layout, M, N, K, out_dtype, epilogue, with_term, device):
+    def __init__(self, layout, M, N, K, out_dtype, epilogue, accumulate, device):
         self.name = f"{layout} product of {M} x {K} x {N} with {epilogue or 'no'} epilogue"
         self.handle, self.workspace, self.fastest = handle(device), workspace(device), None
-        self.one, self.beta = c_float(1), c_float(with_term)
+        self.one, self.beta = c_float(1), c_float(accumulate)
         self.description = c_void_p()
         call("MatmulDescCreate", byref(self.description), COMPUTE_FLOAT32, TYPES[torch.float32])
         self.set(TRANSPOSE_A, c_int32(layout[1] == "T"))
@@ -98,28 +96,28 @@ class Product:
             call("MatmulPreferenceDestroy", preference)
         return proposals
 
-    def __call__(self, left, right, out, aux, term):
+    def __call__(self, left, right, out, aux):
         if aux is not None:
             self.set(AUX, c_void_p(aux.data_ptr()))
         if self.fastest is None and torch.are_deterministic_algorithms_enabled():
             self.fastest = self.proposals[0]
         if self.fastest is None:
-            self.fastest = self.find_fastest(left, right, torch.empty_like(out) if term is out else out, term)
-        self.run(self.fastest, left, right, out, term)
+            self.fastest = self.find_fastest(left, right, torch.zeros_like(out) if self.beta else out)
+        self.run(self.fastest, left, right, out)
 
-    def run(self, proposal, left, right, out, term):
+    def run(self, proposal, left, right, out):
         call("Matmul", self.handle, self.description, byref(self.one), address(right), self.right, address(left),
-             self.left, byref(self.beta), address(out if term is None else term), self.out, address(out), self.out,
-             byref(proposal), address(self.workspace), c_size_t(WORKSPACE_BYTES),
+             self.left, byref(self.beta), address(out), self.out, address(out), self.out, byref(proposal),
+             address(self.workspace), c_size_t(WORKSPACE_BYTES),
              c_void_p(torch.cuda.current_stream(out.device).cuda_stream))
 
-    def find_fastest(self, left, right, out, term) -> Proposal:
+    def find_fastest(self, left, right, out) -> Proposal:
         """In turns, so that the GPU is as warm for each."""
         def trial(proposal):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(CALLS):
-                self.run(proposal, left, right, out, term)
+                self.run(proposal, left, right, out)
             end.record()
             return start, end
 

@@ -130,15 +130,6 @@ def product(layout: str, left: torch.Tensor, right: torch.Tensor, dtype: torch.d
     return out
 
 
-@operator(lambda term, *_: term.new_empty(term.shape))
-def product_sum(term: torch.Tensor, layout: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """term + left right, rounded once, in bfloat16. residual.py puts it into compiled graphs."""
-    term = operand(term)
-    out = torch.empty_like(term)
-    matmul(layout, operand(left), operand(right), out, term=term)
-    return out
-
-
 def operand(x):
     """As cublaslt.matmul wants it."""
     x = x.to(DTYPE).contiguous()
@@ -199,7 +190,7 @@ def linear_cross_entropy(
         matmul("NT", x[rows], weight, logits)
         cross_entropy_(logits, targets[rows], losses[rows], n_targets, cap)
         matmul("NN", logits, weight, d_x[rows])
-        matmul("TN", logits, x[rows], d_weight, term=d_weight)
+        matmul("TN", logits, x[rows], d_weight, accumulate=True)
     return losses.sum() / n_targets, d_x, d_weight
 
 

@@ -11,14 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 
 import model
 from configs.variants import variant
 from costs.memory import layer_bytes
-from kernels import cublaslt, fused, residual
-from kernels.compiling import compile_static
+from kernels import cublaslt, fused
 from kernels.kv_cache import KVCache
 from model import GPT, GPTConfig, apply_rotary, norm, rotary_tables
 
@@ -78,7 +75,7 @@ def cross_entropy_in_torch(logits, targets, losses, n_targets, cap):
     logits.copy_(slope * (log_p.exp() - one_hot) * counts[:, None] / n_targets)
 
 
-def matmul_in_torch(layout, left, right, out, epilogue=None, aux=None, term=None):
+def matmul_in_torch(layout, left, right, out, epilogue=None, aux=None, accumulate=False):
     """What cuBLASLt does."""
     assert left.is_contiguous() and right.is_contiguous() and left.dtype == right.dtype == fused.DTYPE
     y = (left.T if layout[0] == "T" else left).float() @ (right.T if layout[1] == "T" else right).float()
@@ -87,7 +84,7 @@ def matmul_in_torch(layout, left, right, out, epilogue=None, aux=None, term=None
         y = F.gelu(y, approximate="tanh")
     if epilogue == "gelu_backward":
         y = torch.ops.aten.gelu_backward(y, aux.float(), approximate="tanh")
-    out.copy_(y if term is None else term.float() + y)
+    out.copy_(out + y if accumulate else y)
 
 
 @pytest.fixture
@@ -203,7 +200,7 @@ def test_fused_in_the_model(in_torch, monkeypatch, name, compiled, recompute_gel
 
 def compare_models(device, recompute_gelu, compiled, **flags):
     """In bfloat16, loss and gradients of fused are as near to those in float64 as plain's, to a quarter."""
-    config = GPTConfig(**{"n_layer": 3, "n_head": 2, "n_embd": 128, "vocab_size": 512, "qk_norm": True} | flags)
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=128, vocab_size=512, qk_norm=True, post_norm=True, **flags)
     idx, targets = torch.randint(512, (2, 4, 150), generator=torch.Generator().manual_seed(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "choose_kernels", lambda *_: "plain")
@@ -227,19 +224,17 @@ def loss_and_gradients(gpt, idx, targets):
     return [nats.detach(), *torch.autograd.grad(nats, list(gpt.parameters()))]
 
 
-@pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("recompute_gelu", [False, True])
-def test_fused_is_as_exact_as_plain(in_torch, recompute_gelu, post_norm, fresh_compiler):
-    compare_models("cpu", recompute_gelu, compiled=False, post_norm=post_norm)
+def test_fused_is_as_exact_as_plain(in_torch, recompute_gelu, fresh_compiler):
+    compare_models("cpu", recompute_gelu, compiled=False)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("recompute_gelu", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gpu_fused_is_as_exact_as_plain(recompute_gelu, compiled, post_norm, fresh_compiler):
+def test_gpu_fused_is_as_exact_as_plain(recompute_gelu, compiled, fresh_compiler):
     """Needs a CUDA GPU: all kernels together."""
-    compare_models("cuda", recompute_gelu, compiled, post_norm=post_norm)
+    compare_models("cuda", recompute_gelu, compiled)
 
 
 STRONG = {"mlp_activation": "relu2", "untie": True, "logit_softcap": 3.0}
@@ -254,94 +249,6 @@ def test_fused_is_as_exact_as_plain_with_other_flags(in_torch, fresh_compiler):
 def test_gpu_fused_is_as_exact_as_plain_with_other_flags(compiled, fresh_compiler):
     """Needs a CUDA GPU: all kernels together."""
     compare_models("cuda", False, compiled, **STRONG)
-
-
-# -----------------------------------------------------------------------------
-# x + f(x) in a product
-
-
-def traced_backend():
-    """Runs graphs as torch.compile makes them, forward with the pass of kernels/residual.py, operator by operator."""
-    def forward(graph, inputs):
-        residual.graph_pass()(graph.graph)
-        graph.graph.lint()
-        graph.recompile()
-        return make_boxed_func(graph.forward)
-
-    return aot_autograd(fw_compiler=forward, bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward))
-
-
-@pytest.fixture
-def terms(in_torch, monkeypatch):
-    """Of each product in turn, whether it is added to something."""
-    found, matmul = [], fused.matmul
-
-    def noting(*arguments, term=None, **options):
-        found.append(term is not None)
-        matmul(*arguments, term=term, **options)
-
-    monkeypatch.setattr(fused, "matmul", noting)
-    return found
-
-
-@pytest.mark.parametrize(("flags", "sums"), [
-    ({}, 2), ({"qk_norm": True, "window_size": 5}, 2), ({"mlp_activation": "relu2"}, 2), ({"post_norm": True}, 0),
-    ({"post_norm": True, "pre_norm": False}, 0)])
-def test_sums_in_products(terms, monkeypatch, flags, sums, fresh_compiler):
-    """Two in each layer, where no norm lies between; loss and gradients are as before."""
-    monkeypatch.setattr(fused, "choose_kernels", lambda *_: "fused")
-    monkeypatch.setattr(fused, "DTYPE", torch.float32)
-    config = GPTConfig(**{"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512} | flags)
-    idx, targets = torch.randint(512, (2, 2, 40), generator=torch.Generator().manual_seed(1))
-    expected = loss_and_gradients(GPT(config), idx, targets)
-    gpt = GPT(config)
-    gpt.compile(backend=traced_backend())
-    terms.clear()
-    for of_sums, plain in zip(loss_and_gradients(gpt, idx, targets), expected, strict=True):
-        torch.testing.assert_close(of_sums, plain, rtol=1e-4, atol=1e-6)
-    assert sum(terms) == 2 * sums + 1  # 1: the gradient of the head, over chunks
-    assert len(terms) == 2 * 12 + 3
-
-
-@pytest.mark.parametrize(("function", "sums"), [
-    (lambda x, y, flat: x + y, 1),
-    (lambda x, y, flat: y + x, 1),
-    (lambda x, y, flat: x.transpose(0, 1) + y, 1),
-    (lambda x, y, flat: (y + x) * y, 0),  # read twice
-    (lambda x, y, flat: (y + x) * flat.sum(), 0),
-    (lambda x, y, flat: x[:1] + y, 0),
-    (lambda x, y, flat: x.float() + y, 0),
-    (lambda x, y, flat: torch.add(x, y, alpha=2), 0),
-    (lambda x, y, flat: y + y, 0),
-    (lambda x, y, flat: y + 1.0, 0),
-    (lambda x, y, flat: x + y.transpose(0, 1), 0),
-], ids=range(11))
-def test_which_sums_are_in_products(terms, function, sums, fresh_compiler):
-    """y is a product as (4, 4, 8), flat as (16, 8)."""
-    generator = torch.Generator().manual_seed(0)
-    x, left, weight = (torch.randn(shape, generator=generator).bfloat16() for shape in ((4, 4, 8), (16, 16), (8, 16)))
-
-    def with_product(x, left, weight):
-        flat = fused.product("NT", left, weight, torch.bfloat16)
-        return function(x, flat.view(4, 4, 8), flat)
-
-    expected = with_product(x, left, weight)
-    terms.clear()
-    found = compile_static(with_product, backend=traced_backend())(x, left, weight)
-    assert terms == [sums > 0]
-    torch.testing.assert_close(found, expected, rtol=0.03, atol=0.05)
-
-
-def test_compiling_puts_sums_in_products(fresh_compiler):
-    seen = []
-
-    def backend(graph, inputs):
-        seen.append(torch._inductor.config.post_grad_custom_post_pass)
-        return graph.forward
-
-    compile_static(lambda x: x + 1, backend=backend)(torch.zeros(1))
-    assert seen == [residual.graph_pass()] and seen[0].uuid()
-    assert torch._inductor.config.post_grad_custom_post_pass is None
 
 
 def test_what_is_not_bfloat16_is_cast(in_torch):
@@ -445,12 +352,12 @@ def test_which_form(monkeypatch, name, device, dtype, lacks, expected):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("M", "N", "K"), [(8192, 3072, 768), (1000, 96, 36), (3, 50257, 64), (40, 768, 50304)])
-@pytest.mark.parametrize(("layout", "epilogue", "dtype", "term"), [
-    ("NN", None, torch.bfloat16, None), ("NT", None, torch.bfloat16, None), ("TN", None, torch.float32, None),
-    ("TN", None, torch.float32, "out"), ("NT", None, torch.bfloat16, "other"), ("NT", "gelu", torch.bfloat16, None),
-    ("NN", "gelu_backward", torch.bfloat16, None),
+@pytest.mark.parametrize(("layout", "epilogue", "dtype", "accumulate"), [
+    ("NN", None, torch.bfloat16, False), ("NT", None, torch.bfloat16, False), ("TN", None, torch.float32, False),
+    ("TN", None, torch.float32, True), ("NT", "gelu", torch.bfloat16, False),
+    ("NN", "gelu_backward", torch.bfloat16, False),
 ])
-def test_gpu_products(layout, epilogue, dtype, term, M, N, K):
+def test_gpu_products(layout, epilogue, dtype, accumulate, M, N, K):
     """Needs a CUDA GPU: cuBLASLt against torch in float32, within the rounding of the result."""
     if epilogue and N % 8:
         pytest.skip("GELU's input has 4 n_embd columns")
@@ -462,10 +369,9 @@ def test_gpu_products(layout, epilogue, dtype, term, M, N, K):
     left, right = draw(*((K, M) if layout[0] == "T" else (M, K))), draw(*((N, K) if layout[1] == "T" else (K, N)))
     right /= K**0.5
     out, aux = draw(M, N, dtype), draw(M, N) if epilogue else None
-    term = {None: None, "out": out, "other": draw(M, N)}[term]
     expected, expected_aux = out.clone(), aux.clone() if epilogue else None
-    matmul_in_torch(layout, left, right, expected, epilogue, expected_aux, None if term is None else term.clone())
-    cublaslt.matmul(layout, left, right, out, epilogue, aux, term)
+    matmul_in_torch(layout, left, right, expected, epilogue, expected_aux, accumulate)
+    cublaslt.matmul(layout, left, right, out, epilogue, aux, accumulate)
     for x, y in ((out, expected), (aux, expected_aux))[:2 if epilogue else 1]:
         torch.testing.assert_close(x, y, rtol=2e-2 if x.dtype == torch.bfloat16 else 1e-3, atol=1e-2)
         assert (x.float() - y.float()).norm() < 2**-8 * y.float().norm()  # half a unit in the last place of bfloat16
