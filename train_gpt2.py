@@ -71,7 +71,7 @@ class Options:
 class Choice:
     """What sets the defaults of everything else."""
 
-    model: str = TrainConfig.model
+    model: str | None = None
     recipe: str | None = None
     device: str = TrainConfig.device
 
@@ -82,7 +82,8 @@ def parse_options(arguments: list[str] | None) -> tuple[Options, torch.device]:
     choice, _ = tyro.cli(Choice, args=arguments, return_unknown_args=True, add_help=False, **style)
     device = machine.select_device(choice.device)
     defaults = recipe(choice.recipe or ("default" if device.type == "cuda" else "cpu"))
-    defaults = Options(replace(defaults, model=choice.model, device=choice.device), variant(choice.model))
+    model = choice.model or defaults.model
+    defaults = Options(replace(defaults, model=model, device=choice.device), variant(model))
     return tyro.cli(Options, args=arguments, default=defaults, description=__doc__.strip(), **style), device
 
 

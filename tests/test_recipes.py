@@ -84,6 +84,14 @@ def test_option_beats_recipe_beats_default():
     assert parse("--recipe", "short700", "--learning_rate", "6e-4")[0].learning_rate == 6e-4
 
 
+def test_a_recipe_may_have_a_model():
+    config, gpt = parse("--recipe", "fast")
+    assert config.model == RECIPES["fast"].model != TrainConfig.model and gpt == VARIANTS[config.model]
+    config, gpt = parse("--recipe", "fast", "--model", "d12_qk_norm", "--n_head", "6")
+    assert config == replace(RECIPES["fast"], device="cpu", model="d12_qk_norm") and gpt.n_head == 6
+    assert parse("--recipe", "short700")[0].model == TrainConfig.model
+
+
 def test_option_beats_variant():
     _, config = parse("--window_size", "128", "--model", "d12_post_norm_qk_norm_window256_SSSL")
     assert config == replace(VARIANTS["d12_post_norm_qk_norm_window256_SSSL"], window_size=128)
@@ -179,7 +187,7 @@ REFUSED = {
     "option without a value": (["--seed"], ["seed"]),
     "boolean with a value": (["--qk_norm", "maybe"], ["maybe"]),
     "unknown model": (["--model", "tinny"], ["'tinny'", "did you mean tiny?", *VARIANTS]),
-    "unknown recipe": (["--recipe", "fast"], ["'fast'", *RECIPES]),
+    "unknown recipe": (["--recipe", "faster"], ["'faster'", *RECIPES]),
     "heads do not divide": (["--n_embd", "65"], ["n_embd=65", "n_head=2"]),
     "odd head": (["--n_embd", "66"], ["33", "even"]),
     "no layers": (["--n_layer", "0"], ["n_layer=0", "1"]),
