@@ -139,6 +139,15 @@ def update(model: torch.nn.Module, optimizers: list, loss: torch.Tensor, grad_cl
     return report
 
 
+def rehearse_update(optimizers: list):
+    """An update by gradients that are there, which compiles what it needs and leaves all as it is."""
+    for optimizer in optimizers:
+        device = optimizer.param_groups[0]["params"][0].device
+        optimizer.found_inf = torch.ones((), device=device)
+        optimizer.step()
+        optimizer.found_inf = torch.zeros((), device=device)
+
+
 def set_learning_rate(optimizers: list, config: TrainConfig, step: int) -> float:
     """Of the update that follows `step` updates, in each group its own peak's part. Returns that of learning_rate."""
     part = schedule(config, step)

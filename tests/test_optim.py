@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from small import digest
 
+import checkpoint
 from configs.recipes import TrainConfig
 from configs.variants import variant
 from model import GPT
-from optim import Muon, make_optimizers, orthogonal, schedule, set_learning_rate, share, update
+from optim import Muon, make_optimizers, orthogonal, rehearse_update, schedule, set_learning_rate, share, update
 
 SHAPES = [(8, 8), (8, 32), (32, 8), (8, 8), (24, 8), (32, 8)]  # two of some, in no order
 
@@ -114,6 +116,25 @@ def test_embedding_with_a_rate_of_its_own(name, untie):
     expected, found = ({weight: (type(one), group["lr"], group["weight_decay"]) for one in optimizers
                         for group in one.param_groups for weight in group["params"]} for optimizers in (usual, own))
     assert found == expected | {model.transformer.wte.weight: (torch.optim.AdamW, 0.0625, 0.0)}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_rehearsed_update_leaves_all_as_it_is(optimizer):
+    """Before the first update and between two: weights and state go on as without it, to the last bit."""
+    def run(rehearsals):
+        torch.manual_seed(0)
+        gpt = GPT(variant("tiny"))
+        optimizers = make_optimizers(gpt, TrainConfig(optimizer=optimizer, learning_rate=0.01))
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for weight in gpt.parameters():
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            if step in rehearsals:
+                rehearse_update(optimizers)
+            update(gpt, optimizers, torch.tensor(1.0), 1.0)
+        return checkpoint.named_tensors(gpt, optimizers)
+
+    assert all(digest(x) == digest(y) for x, y in zip(run(()), run((0, 2)), strict=True))
 
 
 def test_decay_is_for_matrices():

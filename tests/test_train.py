@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from small import BATCH_TOKENS, VOCAB, T, assert_same_result, losses, make_data, metrics, status, steps, tree, wait_for
 
 import checkpoint
+import machine
 import rundir
 import train_gpt2
 from configs.recipes import TrainConfig
@@ -1182,8 +1183,8 @@ def test_a_signal_during_a_save_in_hand_costs_no_other_save(runs, saves, monkeyp
     with monkeypatch.context() as patch:
         made = signal_before_update(patch, in_step)
         if in_step is None:
-            copy_to = checkpoint.copy_to
-            patch.setattr(checkpoint, "copy_to", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), copy_to(*a))[1])
+            copy = machine.copy_aside
+            patch.setattr(machine, "copy_aside", lambda pairs: (os.kill(os.getpid(), signal.SIGTERM), copy(pairs))[1])
         assert runs(**options) == 75
     assert saves == steps(runs.path) == [first] and made == list(range(1, (in_step or first) + 1))
     assert status(runs.path) == {"reason": "SIGTERM", "step": first, "code": 75}
