@@ -63,10 +63,8 @@ def save(run_directory: Path, step: int, weights: dict, moments: dict, state: di
 
 def named_tensors(model: torch.nn.Module, optimizers: list) -> tuple[dict, dict]:
     """The weights by name, each once, and the state of the optimizers as `<parameter name>/<state key>`."""
-    names = {weight: name for name, weight in model.named_parameters()}
-    weights = {name: weight.detach() for weight, name in names.items()}
-    moments = {f"{names[weight]}/{key}": value for optimizer in optimizers
-               for weight, values in optimizer.state.items() for key, value in values.items()}
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    moments = {name: optimizer.state[weight][key] for name, key, weight, optimizer in named_moments(model, optimizers)}
     return weights, moments
 
 
@@ -78,9 +76,10 @@ class Saver:
 
     def __init__(self, run: RunDir, keep_last: int, model: torch.nn.Module, optimizers: list, beside: bool, say=print):
         self.run, self.keep_last, self.say, self.n_failed, self.in_hand = run, keep_last, say, 0, None
+        kept = layouts(model, optimizers)  # KeyError for an optimizer without its line in optim.STATE
         self.thread = ThreadPoolExecutor(1) if beside else None
         if self.thread:  # pinning memory takes a second, in which this process has something else to do
-            self.memory = self.thread.submit(lambda: [host_memory(part) for part in layouts(model, optimizers)])
+            self.memory = self.thread.submit(lambda: [host_memory(part) for part in kept])
             self.copied = None  # the end of a copy
             for optimizer in optimizers:  # an update changes what is copied, forward and backward do not
                 optimizer.register_step_pre_hook(self.before_update)

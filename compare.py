@@ -6,16 +6,21 @@ Runs side by side: is one better, and is that more than noise?
     python compare.py --card RUN                     what there is to believe one run by, and its plots
 
 Runs that differ in their seed only are a group; with --by_folder they also lie in one folder, such as one for each
-version of an edited model.py. Groups are compared at equal tokens (the most at which every run was evaluated), at equal
-training time and at equal FLOPs (the least at which a run was last evaluated; on a smooth curve between two
-evaluations), each with the first one; or, if it has another model or other settings, with the group of the first one's
-settings and its own learning rates, if there is one. Training time has no compilation, evaluation or saving in it;
-FLOPs are tokens x model.flops_per_token. A run that diverged, whose loss or gradient was not finite or whose last
-validation loss is half a nat above ln V, that of a guess, sets none of these points and has no loss, but it counts: a
-group with such a run is not tested. Where a learning rate has three values or more, another table has its usable range,
-in which the loss is at most 0.1 above the best one, its sensitivity, the mean over the rates less the best (arXiv
-2309.14322), and the best rates against each other. Runs of a folder that have no validation loss yet are left out, and
-named. The tests are in comparison/significance.py, what a loss spike is in comparison/results.py.
+version of an edited model.py.
+
+Groups are compared at equal tokens (the most at which every run was evaluated), at equal training time and at equal
+FLOPs (the least at which a run was last evaluated; on a smooth curve between two evaluations). Training time has no
+compilation, evaluation or saving in it; FLOPs are tokens x model.flops_per_token.
+
+Each is compared with the first group; or, if it has another model or other settings, with the group of the first one's
+settings and its own learning rates, if there is one. Where a learning rate has three values or more, another table has
+its usable range, in which the loss is at most 0.1 above the best one, its sensitivity, the mean over the rates less the
+best (arXiv 2309.14322), and the best rates against each other.
+
+A run that diverged, whose loss or gradient was not finite or whose last validation loss is half a nat above ln V, that
+of a guess, sets none of these points and has no loss, but it counts: a group with such a run is not tested. Runs of a
+folder that have no validation loss yet are left out, and named. The tests are in comparison/significance.py, what a
+loss spike is in comparison/results.py.
 
 Exit codes: 0 done, 2 bad option, unknown run, or runs that cannot be compared, 5 cannot write, 130 Ctrl-C.
 """

@@ -116,7 +116,7 @@ def synchronize(device: torch.device):
 
 
 def runs_behind(device: torch.device) -> bool:
-    """Whether the device still computes when a call returns."""
+    """Whether the training loop may be a step ahead of the device."""
     return device.type == "cuda"
 
 
@@ -210,5 +210,5 @@ def first(pattern: str, text: str) -> str | None:
 
 
 def describe(device: torch.device) -> str:
-    """The same in one line."""
+    """`versions` in one line."""
     return ", ".join(f"{name}: {value}" for name, value in versions(device).items() if value)

@@ -4,7 +4,7 @@ GPT-2 with rotary embedding, RMSNorm and tied head, and the variants that this p
 Shapes: B batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V = vocab_size, W = window_size.
 
 To try a new attention: add a field to GPTConfig, a subclass of CausalSelfAttention with its own `attend`,
-a line in `attention_class`, and a line in configs/variants.py. The tests pick it up from there.
+a line in `attention_class`, and a line in configs/variants.py. README, "How to edit", says what the tests make of it.
 The kernels that compute attention are in kernels/attention.py. On CUDA in bfloat16 kernels/fused.py computes what PLAIN
 names: a change to one of those functions needs `--kernels plain`.
 
@@ -53,7 +53,7 @@ class GPTConfig:
     post_norm: bool = False
     """x + norm(f(norm(x))), norm on both sides of attention and MLP (Peri-LN, arXiv 2502.02732)"""
     qk_norm: bool = False
-    """RMSNorm on each head's q and k, before the rotary embedding (arXiv 2302.05442)"""
+    """RMSNorm on each head's q and k (arXiv 2302.05442); before or after the rotary embedding is the same"""
     attention_scale: float | None = None
     """s: attention is softmax(s q k^T) v; None is 1 / sqrt(D), with which qk_norm leaves no score above sqrt(D)"""
     window_size: int | None = None
@@ -130,7 +130,7 @@ def norm(x):
     """RMSNorm without weight over the last dimension; same shape and dtype."""
     if torch.is_grad_enabled():
         return RMSNorm.apply(x)
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6).type_as(x)
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6).type_as(x)  # one kernel where nothing is compiled, as in sampling
 
 
 def rotary_angles(position, head_dim: int):
@@ -151,6 +151,10 @@ def apply_rotary(x, cos, sin):
     x1, x2 = x.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, D / 2), over all heads
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+# -----------------------------------------------------------------------------
+# parts that kernels/fused.py computes too: on CUDA in bfloat16 an edit here needs --kernels plain
 
 
 def rotate(qkv, cos, sin, qk_norm):
@@ -179,8 +183,11 @@ def cross_entropy(x, weight, targets, cap: float | None = None):
     return F.cross_entropy(softcap(F.linear(x, weight).float(), cap), targets, ignore_index=fused.IGNORED)
 
 
-# to read and to edit; on CUDA in bfloat16 fused.parts takes their place, unless `kernels` is plain
 PLAIN = SimpleNamespace(linear=F.linear, mlp=mlp, rotate=rotate, cross_entropy=cross_entropy)
+
+
+# -----------------------------------------------------------------------------
+# layers
 
 
 class Linear(nn.Linear):
@@ -194,7 +201,7 @@ class Linear(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    """Projection, norm, rotary embedding, attention, output. A variant has an `attend` of its own."""
+    """Projection, rotary embedding, norm, attention, output. A variant has an `attend` of its own."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -227,7 +234,7 @@ class SlidingWindowAttention(CausalSelfAttention):
         self.backend, self.tables = None, {}  # execution only, see `prepare`
 
     def prepare(self, backend: str, B: int, T: int, device: torch.device, dtype: torch.dtype):
-        """Takes this kernel, one that `choose_window_backend` gave, for what comes, and makes its tables."""
+        """From now on this kernel, one that `choose_window_backend` gave, computes the window; makes its tables."""
         self.backend = backend
         self.tables = window_tables(backend, B, T, self.window_size, self.head_dim, device, dtype)
 
@@ -310,12 +317,15 @@ class GPT(nn.Module):
         self.init_weights(seed)
 
     def init_weights(self, seed: int):
-        """Normal with deviation 0.02, divided by sqrt(2 n_layer) for what adds to the residual stream (GPT-2, 2.3)."""
+        """
+        Matrices: normal with deviation 0.02, divided by sqrt(2 n_layer) for what adds to the residual stream (GPT-2,
+        2.3). Vectors and numbers keep what their modules gave them.
+        """
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, weight in self.named_parameters():
             residual = name.endswith("c_proj.weight")
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-            if not weight.is_meta:  # for which torch would import its compiler
+            if weight.ndim >= 2 and not weight.is_meta:  # for which torch would import its compiler
                 nn.init.normal_(weight, std=std, generator=generator)
 
     def windowed_attentions(self) -> list[SlidingWindowAttention]:
@@ -366,7 +376,7 @@ class GPT(nn.Module):
         return backend, sdpa_choice(T, head_dim, device, dtype, masked=backend == "blocked"), kernels
 
     def use(self, parts):
-        """Takes these for PLAIN's, from now on."""
+        """All blocks compute with these, PLAIN or fused.parts(...), from now on."""
         self.parts = parts
         for block in self.transformer.h:
             block.attn.parts = block.mlp.parts = parts

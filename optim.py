@@ -14,7 +14,7 @@ import torch.distributed as dist
 from configs.recipes import TrainConfig
 from kernels.compiling import compile_static
 
-# what each keeps of a weight, in float32
+# what each keeps of a weight, in float32. A new optimizer needs its line, and changes nothing where found_inf is 1
 STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of a x + b x^3 + c x^5, five times: Jordan's
 NEWTON_SCHULZ_STEPS = 5
@@ -50,10 +50,11 @@ def filled(groups: list[dict]) -> list[dict]:
 
 class Muon(torch.optim.Muon):
     """
-    torch's, with all matrices of one shape as one batch. A group's `parts` is the number of matrices in each of its
-    weights, one below the other: q, k and v are three, whose updates are to be of one size. Of several processes each
-    makes its share of the updates and gets the others'. `found_inf`, a float32 on the device, leaves all as it was
-    where it is 1, as in fused AdamW.
+    torch.optim.Muon with its defaults (Nesterov momentum 0.95, five steps of Newton and Schulz, updates times
+    sqrt(max(1, rows / columns))), with all matrices of one shape as one batch. A group's `parts` is the number of
+    matrices in each of its weights, one below the other: q, k and v are three, whose updates are to be of one size. Of
+    several processes each makes its share of the updates and gets the others'. `found_inf`, a float32 on the device,
+    leaves all as it was where it is 1, as in fused AdamW.
     """
 
     def __init__(self, groups: list[dict], lr: float, weight_decay: float, compiled: bool = False):
@@ -140,16 +141,15 @@ def update(model: torch.nn.Module, optimizers: list, loss: torch.Tensor, grad_cl
 
 
 def rehearse_update(optimizers: list):
-    """An update by gradients that are there, which compiles what it needs and leaves all as it is."""
-    for optimizer in optimizers:
-        device = optimizer.param_groups[0]["params"][0].device
-        optimizer.found_inf = torch.ones((), device=device)
-        optimizer.step()
-        optimizer.found_inf = torch.zeros((), device=device)
+    """Compiles what an update by Muon needs, by one that leaves all as it is. The gradients must be there."""
+    for muon in (optimizer for optimizer in optimizers if isinstance(optimizer, Muon)):
+        muon.found_inf.fill_(1)
+        muon.step()
+        muon.found_inf.zero_()
 
 
 def set_learning_rate(optimizers: list, config: TrainConfig, step: int) -> float:
-    """Of the update that follows `step` updates, in each group its own peak's part. Returns that of learning_rate."""
+    """Of update step + 1, in each group its peak times `schedule`. Returns the one whose peak is learning_rate."""
     part = schedule(config, step)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -181,8 +181,9 @@ def settled(path: Path, settings: dict) -> dict:
     """What the index says of a run with these settings that finished or diverged in this directory before, else {}."""
     status = rundir.read_json(path / "status.json")
     done = status.get("reason") == "finished" or status.get("code") == rundir.NOT_FINITE
-    begun = rundir.read_json(path / "config.json").get("settings")
-    same = isinstance(begun, dict) and all(begun.get(name) == settings[name] for name in settings if name != "dtype")
+    begun, usual = rundir.read_json(path / "config.json").get("settings"), result_settings(TrainConfig(), GPTConfig())
+    same = isinstance(begun, dict) and all(
+        begun.get(name, usual.get(name)) == settings[name] for name in settings if name != "dtype")
     return outcome(path, status.get("code"), status.get("reason")) if done and same else {}
 
 
@@ -315,7 +316,7 @@ def report(entries: dict, folder: Path) -> int:
     if states & {"finished", "diverged"}:
         print0(f"python compare.py {shlex.quote(str(folder))}")
     if "waiting" in states or rundir.STOPPED in [entry["code"] for entry in entries.values()]:
-        print0("stopped; the same line continues")
+        print0("stopped; the same command continues")
         return rundir.STOPPED
     return int("failed" in states)
 

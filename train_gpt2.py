@@ -46,6 +46,7 @@ from data.tokenizer import token_bytes
 from eval import evaluate
 from kernels.attention import KERNEL_NAMES
 from kernels.compiling import SlowPath, compiles
+from kernels.kv_cache import KNOWN
 from model import GPT, GPTConfig
 from optim import make_optimizers, rehearse_update, set_learning_rate, update
 
@@ -71,7 +72,7 @@ class Options:
 class Choice:
     """What sets the defaults of everything else."""
 
-    model: str | None = None
+    model: str = ""
     recipe: str | None = None
     device: str = TrainConfig.device
 
@@ -84,7 +85,9 @@ def parse_options(arguments: list[str] | None) -> tuple[Options, torch.device]:
     defaults = recipe(choice.recipe or ("default" if device.type == "cuda" else "cpu"))
     model = choice.model or defaults.model
     defaults = Options(replace(defaults, model=model, device=choice.device), variant(model))
-    return tyro.cli(Options, args=arguments, default=defaults, description=__doc__.strip(), **style), device
+    options = tyro.cli(Options, args=arguments, default=defaults, description=__doc__.strip(), **style)
+    variant(options.train.model)  # an empty one is none
+    return options, device
 
 
 def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
@@ -104,7 +107,8 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
     *_, kernels = model.choose_kernels(T, device, dtype)
     if device.type == "cuda":  # else the memory that is predicted is that of a GPU
         config = replace(config, kernels=kernels)
-        print0(f"kernels: {kernels}" + " (--kernels plain: every line of model.py as it stands)" * (kernels == "fused"))
+        hint = " (an edit of rotate, mlp or cross_entropy in model.py needs --kernels plain)"
+        print0(f"kernels: {kernels}" + hint * (kernels == "fused"))
 
     changeable = ("data", "init_weights", *result_settings(config, gpt_config))
     if unknown := set(config.allow_change) - set(changeable):
@@ -164,8 +168,9 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     begun = checkpoint.read_state(newest) if newest else rundir.read_json(run.path / "config.json")
     if not isinstance(begun.get("settings"), dict):
         raise rundir.BadOption(f"{run.path} does not say with which settings it was begun: choose another --run_name")
+    usual = result_settings(TrainConfig(), GPTConfig())  # of an option that the run's version did not have
     for name, value in settings.items():
-        before = begun["settings"].get(name)
+        before = begun["settings"].get(name, usual.get(name))
         if before != value and name not in config.allow_change:
             raise rundir.BadOption(f"{run.path} was begun with {name}={before!r}, now it is {value!r}: choose another "
                                    f"--run_name, the old value, or --allow_change {name}")
@@ -283,6 +288,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
 
     def rehearse():  # DDP puts its buckets in order after the first sum, and sums over more than two depend on that
         forward_backward(inputs, targets, synchronize=True)
+        if unused := [name for name, weight in model.named_parameters() if weight.grad is None]:
+            raise rundir.BadOption(f"no gradient reaches {', '.join(unused)}: a checkpoint could not be resumed")
         rehearse_update(optimizers)
         model.zero_grad(set_to_none=True)
 
@@ -294,7 +301,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     attention = machine.attention_kernels(rehearse, device)
     print0("attention kernels:", attention)
     expected = ", ".join(sorted({KERNEL_NAMES[kernel] for kernel in (window_backend, sdpa) if kernel in KERNEL_NAMES}))
-    if expected and attention != expected:
+    own = all(type(block.attn).attend in KNOWN for block in model.transformer.h)  # another one says nothing here
+    if expected and own and attention != expected:
         raise SlowPath(f"attention ran in {attention}, not in {expected}")
     machine.reset_peak(device)
     described |= {"val_targets": n_val * T, "kernels": {"attention": attention, "window_backend": window_backend,
@@ -470,7 +478,7 @@ def main(arguments: list[str] | None = None) -> int:
         if reason:
             run.close(reason, code)
     if code == rundir.STOPPED:
-        print0(f"{reason}: stopped after step {run.step}" + ("; the same line continues" if config.save_every else ""))
+        print0(f"{reason}: stopped after step {run.step}" + "; the same command continues" * (config.save_every > 0))
     elif code != rundir.DONE:
         print(f"error: {reason}" if RANK == 0 else f"process {RANK}: error: {reason}", file=sys.stderr)
     elif RANK == 0 and checkpoint.list_checkpoints(run.path):

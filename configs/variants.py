@@ -15,6 +15,11 @@ def size(name: str) -> GPTConfig:
     return GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
 
 
+# of each flag that is set, in a model's name; sizes and norms have words of their own
+WORDS = {"qk_norm": "_qk_norm", "attention_scale": "_scale{:g}", "window_size": "_window{}", "window_pattern": "_{}",
+         "mlp_activation": "_{}", "untie": "_untied", "logit_softcap": "_softcap{:g}"}
+
+
 def model_name(config: GPTConfig) -> str:
     """The one name of a config: size, then each flag that is set, then `-field=value` for any other field."""
     body = (config.n_layer, config.n_head, config.n_embd)
@@ -22,27 +27,10 @@ def model_name(config: GPTConfig) -> str:
     name = known.get(body) or "d{}_{}heads_{}wide".format(*body)
     if config.post_norm:
         name += "_post_norm" if config.pre_norm else "_olmo2_norm"
-    if config.qk_norm:
-        name += "_qk_norm"
-    if config.attention_scale is not None:
-        name += f"_scale{config.attention_scale:g}"
-    if config.window_size is not None:
-        name += f"_window{config.window_size}"
-    if config.window_pattern != "S":
-        name += f"_{config.window_pattern}"
-    if config.mlp_activation != "gelu":
-        name += f"_{config.mlp_activation}"
-    if config.untie:
-        name += "_untied"
-    if config.logit_softcap is not None:
-        name += f"_softcap{config.logit_softcap:g}"
-    in_name = {"n_layer", "n_head", "n_embd", "pre_norm", "post_norm", "qk_norm", "attention_scale", "window_size",
-               "window_pattern", "mlp_activation", "untie", "logit_softcap"}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in in_name and value != field.default:
-            name += f"-{field.name}={value}"
-    return name
+    changed = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) != f.default}
+    name += "".join(word.format(changed[field]) for field, word in WORDS.items() if field in changed)
+    told = {*WORDS, "n_layer", "n_head", "n_embd", "pre_norm", "post_norm"}
+    return name + "".join(f"-{field}={value}" for field, value in changed.items() if field not in told)
 
 
 def variants() -> dict[str, GPTConfig]:

@@ -27,22 +27,22 @@ def compile_static(function, **options):
     name = function.__qualname__
 
     @functools.wraps(function)
-    def traced(*arguments):
+    def traced(*arguments, **named):
         if not torch.compiler.is_compiling():
             raise SlowPath(f"{name} would run uncompiled: is torch.compile off (TORCH_COMPILE_DISABLE)?")
-        return function(*arguments)
+        return function(*arguments, **named)
 
     traced.__code__ = traced.__code__.replace(co_name=name)  # one of its own: torch's limit counts per code object
     compiled = torch.compile(traced, dynamic=False, fullgraph=True, **options)
     seen = set()
 
-    def call(*arguments):
+    def call(*arguments, **named):
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(autocast_dtype, ("cuda", "cpu"))
-        key = (modes, *map(signature, arguments))
+        key = (modes, *map(signature, arguments), *((name, signature(value)) for name, value in named.items()))
         try:
             with (torch.compiler.set_stance("fail_on_recompile") if key in seen else
                   torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True)):
-                result = compiled(*arguments)
+                result = compiled(*arguments, **named)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise SlowPath(f"{name} has been compiled for {torch._dynamo.config.recompile_limit} shapes, torch's limit "
                            "(torch._dynamo.config.recompile_limit)") from error

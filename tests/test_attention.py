@@ -200,6 +200,14 @@ def test_each_shape_and_grad_mode_is_compiled_once(compiled):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
 
 
+def test_arguments_by_name(compiled):
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):
+        assert compiled(torch.ones(3), n=1).tolist() == compiled(n=1, x=torch.ones(3)).tolist() == [2, 2, 2]
+        assert compiled(torch.ones(3), n=2).tolist() == [3, 3, 3]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
 def test_compiling_twice_for_the_same_shapes_is_refused(compiled, monkeypatch):
     compiled(torch.ones(3), 1)
     monkeypatch.setitem(STATE, "unguarded", 2)

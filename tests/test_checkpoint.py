@@ -533,15 +533,17 @@ def test_an_update_waits_for_the_copy_that_is_saved(runs, whole, optimizer):
 
     class Event:
         def __init__(self, copies):
-            self.copies, self.done = copies, threading.Event()
+            self.copies, self.asked, self.done = copies, threading.Event(), threading.Event()
 
         def end(self):
+            assert len(pending) == 3 or self.asked.wait(timeout=60), "nobody waits for the copy before it is saved"
             for to, tensor in self.copies:
                 to.copy_(tensor)
             self.copies = []
             self.done.set()
 
         def synchronize(self):
+            self.asked.set()
             assert self.done.wait(timeout=60)
 
     class Stream:
@@ -561,10 +563,14 @@ def test_an_update_waits_for_the_copy_that_is_saved(runs, whole, optimizer):
             event.end()
         return report
 
+    def synchronize(device):
+        assert not any(event.copies for event in pending), "the host waits for the copy"
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt2.machine, "runs_behind", lambda device: True)
         patch.setattr(checkpoint.machine, "copy_aside", copy_aside)
         patch.setattr(torch.cuda, "current_stream", Stream)
+        patch.setattr(checkpoint.machine, "synchronize", synchronize)
         patch.setattr(train_gpt2, "update", update)
         assert runs(**TWELVE, optimizer=optimizer) == 0
     assert len(pending) == 3 and sum(n > 0 for n in waits) == 2

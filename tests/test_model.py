@@ -222,6 +222,13 @@ def test_init_does_not_depend_on_the_global_generator():
     assert not any(torch.equal(one[name], reseeded[name]) for name in one)
 
 
+def test_vectors_begin_as_their_module_gives_them():
+    gpt = GPT(next(iter(FLAGS)))
+    gpt.gain, gpt.more = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3, 3))
+    gpt.init_weights(0)
+    assert gpt.gain.tolist() == [1, 1, 1] and 0 < gpt.more.abs().max() < 0.1
+
+
 def test_init_standard_deviations():
     config = GPTConfig(n_layer=8, n_head=2, n_embd=128, vocab_size=512)
     for name, weight in GPT(config).named_parameters():

@@ -186,6 +186,8 @@ REFUSED = {
     "word for a float": (["--beta1", "high"], ["beta1"]),
     "option without a value": (["--seed"], ["seed"]),
     "boolean with a value": (["--qk_norm", "maybe"], ["maybe"]),
+    "no model": (["--model", ""], ["unknown model ''", *VARIANTS]),
+    "a model of the name None": (["--model", "None", "--recipe", "fast"], ["unknown model 'None'"]),
     "unknown model": (["--model", "tinny"], ["'tinny'", "did you mean tiny?", *VARIANTS]),
     "unknown recipe": (["--recipe", "faster"], ["'faster'", *RECIPES]),
     "heads do not divide": (["--n_embd", "65"], ["n_embd=65", "n_head=2"]),

@@ -23,7 +23,9 @@ import checkpoint
 import machine
 import sweep
 import train_gpt2
+from configs.recipes import TrainConfig, result_settings
 from costs.memory import training_mib
+from model import GPTConfig
 
 STUB = """
 import json, os, sys
@@ -105,6 +107,17 @@ def planned(capfd) -> list[list[str]]:
     """What --dry_run printed: of each run the part of the name that the tiny options are not."""
     lines = capfd.readouterr().out.splitlines()
     return [line.split(": ")[0] for line in lines[:-1]]
+
+
+def test_a_run_that_an_older_version_finished_is_not_repeated(tmp_path):
+    """What it did not have is as by default."""
+    settings = result_settings(TrainConfig(), GPTConfig())
+    older = {name: value for name, value in settings.items() if name not in ("attention_scale", "beta1")}
+    (tmp_path / "status.json").write_text(json.dumps({"reason": "finished", "step": 300, "code": 0}))
+    (tmp_path / "config.json").write_text(json.dumps({"settings": older}))
+    assert sweep.settled(tmp_path, settings)["state"] == "finished"
+    for other in {"attention_scale": 0.5}, {"beta1": 0.8}, {"seed": 1}:
+        assert not sweep.settled(tmp_path, settings | other)
 
 
 def test_the_product_and_its_names(sweeps, capfd):
@@ -429,7 +442,7 @@ def test_a_signal_before_a_run_listens(sweeps, capfd, monkeypatch):
     assert sweeps("--models", "tiny", "--seeds", "3") == 75
     assert sweeps.by_seed("state") == ["stopped", "waiting", "waiting"] and len(sweeps.calls()) == 1
     out = capfd.readouterr().out
-    assert "stopped (killed by SIGTERM)" in out and "2 waiting: tiny" in out and "the same line continues" in out
+    assert "stopped (killed by SIGTERM)" in out and "2 waiting: tiny" in out and "the same command continues" in out
 
 
 def test_a_folder_in_use_is_refused(sweeps, capfd, monkeypatch):
@@ -555,7 +568,7 @@ def test_starting_again(how, slots, sweeps, capfd, one_thread):
     else:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         assert process.wait() == 75, process.stdout.read()
-        assert "the same line continues" in process.stdout.read()
+        assert "the same command continues" in process.stdout.read()
         assert sweeps.by_seed("state") == ["finished", "stopped"]
     for run in others:
         with open(run / ".lock", "a") as lock:

@@ -37,7 +37,7 @@ from data import loader
 from data.shards import write_shard
 from data.tokenizer import gpt2
 from kernels.compiling import compiles
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Linear, SlidingWindowAttention
 from optim import make_optimizers, update
 
 runs = small.runs
@@ -556,7 +556,7 @@ def test_a_signal_stops_after_a_step_and_the_same_line_continues(runs, capsys, n
     assert status(runs.path) == {"reason": name, "step": step, "code": 75}
     assert steps(runs.path)[-1] == len(metrics(runs.path)) == step
     assert checkpoint.find_fault(checkpoint.list_checkpoints(runs.path)[0]) is None
-    assert f"{name}: stopped after step {step}; the same line continues" in capsys.readouterr().out
+    assert f"{name}: stopped after step {step}; the same command continues" in capsys.readouterr().out
     assert runs(**options) == 0
     assert status(runs.path) == {"reason": "finished", "step": 9, "code": 0}
     assert_same_result(runs.path, runs.out_dir / "whole")
@@ -1009,6 +1009,41 @@ def test_another_attention_kernel_than_the_one_meant_stops_a_run_on_a_gpu(runs, 
     monkeypatch.setattr(train_gpt2, "KERNEL_NAMES", {"blocked": "flex_attention"})
     assert runs(model="tiny_post_norm_qk_norm_window32") == 2
     assert "error: attention ran in fused SDPA for CPU, not in flex_attention" in capfd.readouterr().err
+
+
+class Meaned(SlidingWindowAttention):
+    def attend(self, q, k, v):
+        return v.cumsum(2) / torch.arange(1, v.size(2) + 1)[:, None]
+
+
+def test_an_attention_of_ones_own_may_run_in_any_kernel(runs, monkeypatch):
+    monkeypatch.setattr(train_gpt2, "KERNEL_NAMES", {"blocked": "flex_attention"})
+    monkeypatch.setattr("model.attention_class", lambda config, layer: Meaned)
+    assert runs(model="tiny_post_norm_qk_norm_window32", max_steps=2) == 0
+
+
+# -----------------------------------------------------------------------------
+# edits of the model and the optimizer
+
+
+class WithMore(GPT):
+    """An edit that has a matrix and does not use it."""
+
+    def __init__(self, config, *arguments):
+        super().__init__(config, *arguments)
+        self.forgotten = Linear(4, 4)
+
+
+def test_a_weight_that_no_gradient_reaches_is_named(runs, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt2, "GPT", WithMore)
+    assert runs(max_steps=2) == 2
+    assert "error: no gradient reaches forgotten.weight: " in capsys.readouterr().err
+
+
+def test_an_optimizer_that_nothing_is_known_of_ends_before_the_first_step(runs, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt2, "make_optimizers", lambda model, *_: [torch.optim.NAdam(model.parameters())])
+    assert runs(max_steps=2) == 1
+    assert "KeyError: 'NAdam'" in capsys.readouterr().err and not (runs.path / "metrics.jsonl").exists()
 
 
 # -----------------------------------------------------------------------------

@@ -119,16 +119,16 @@ NAIVE = CHANGED.format(change="from tests.faults import naive\nnaive.install()")
 FORGETFUL = CHANGED.format(change="checkpoint.load_optimizers = lambda *_: None")
 CLOCKED = CHANGED.format(change="""
 clock, log, save, to_save = {"lines": [], "saves": []}, rundir.RunDir.log, checkpoint.save, checkpoint.Saver.save
-begun = []
+begun = {}
 def timed_log(run, row):
     log(run, row)
     clock["lines"].append([row["step"], time.perf_counter()])
-def timed_to_save(*arguments, **options):
-    begun.append(time.perf_counter())
-    to_save(*arguments, **options)
-def timed_save(*arguments):
-    save(*arguments)
-    clock["saves"].append([begun[-1], time.perf_counter()])
+def timed_to_save(saver, step, *arguments, **options):
+    begun[step] = time.perf_counter()
+    to_save(saver, step, *arguments, **options)
+def timed_save(run, step, *arguments):
+    save(run, step, *arguments)
+    clock["saves"].append([begun[step], time.perf_counter()])
 rundir.RunDir.log, checkpoint.save, checkpoint.Saver.save = timed_log, timed_save, timed_to_save
 code = train_gpt2.main(sys.argv[1:])
 print("clock:", json.dumps(clock), flush=True)

@@ -54,6 +54,16 @@ def test_no_setting_is_missing():
     assert CHANGES.keys() == result_settings(TrainConfig(), GPTConfig()).keys() >= asdict(GPTConfig()).keys()
 
 
+@pytest.mark.parametrize("new", [False, True])
+def test_a_run_of_an_older_version_goes_on_as_by_default(runs, capsys, monkeypatch, new):
+    """An option that came later: what is usual is what the run was begun with."""
+    add = lambda settings, value: settings | {"later": value}  # noqa: E731
+    monkeypatch.setattr(train_gpt2, "result_settings", lambda config, gpt: add(
+        result_settings(config, gpt), new and config != TrainConfig()))
+    assert runs(**OLD, stop_after=3) == (2 if new else 0)
+    assert not new or "was begun with later=False, now it is True" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_setting(runs, capsys, monkeypatch, name):
     old, new = CHANGES[name]
