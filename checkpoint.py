@@ -62,7 +62,15 @@ def save(run_directory: Path, step: int, weights: dict, moments: dict, state: di
 
 
 def named_tensors(model: torch.nn.Module, optimizers: list) -> tuple[dict, dict]:
-    """The weights by name, each once, and the state of the optimizers as `<parameter name>/<state key>`."""
+    """
+    The weights by name, each once, and the state of the optimizers as `<parameter name>/<state key>`. BadOption where
+    an optimizer has more than optim.STATE says.
+    """
+    for optimizer in optimizers:
+        kept, said = {key for state in optimizer.state.values() for key in state}, STATE[type(optimizer).__name__]
+        if not kept <= {*said}:
+            raise BadOption(f"{type(optimizer).__name__} keeps {', '.join(sorted(kept))}, of which optim.STATE says "
+                            f"{', '.join(said) or 'nothing'}: a checkpoint would lack it")
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     moments = {name: optimizer.state[weight][key] for name, key, weight, optimizer in named_moments(model, optimizers)}
     return weights, moments

@@ -314,12 +314,15 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         if not config.untie:
             self.lm_head.weight = self.transformer.wte.weight
+        windows = [layer for layer in range(config.n_layer) if config.layer_window(layer)]
+        if len(self.windowed_attentions()) != len(windows):
+            raise ValueError("attention_class gives a windowed layer another attention, or another layer a window")
         self.init_weights(seed)
 
     def init_weights(self, seed: int):
         """
-        Matrices: normal with deviation 0.02, divided by sqrt(2 n_layer) for what adds to the residual stream (GPT-2,
-        2.3). Vectors and numbers keep what their modules gave them.
+        All with two or more dimensions: normal with deviation 0.02, divided by sqrt(2 n_layer) for what adds to the
+        residual stream (GPT-2, 2.3). Vectors and numbers keep what their modules gave them.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, weight in self.named_parameters():

@@ -33,6 +33,8 @@ def make_optimizers(model: torch.nn.Module, config: TrainConfig, compiled: bool 
     ]), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)]
     if hidden:
         qkv = [name for name in hidden if name.endswith("c_attn.weight")]
+        if any(hidden[name].size(0) != 3 * hidden[name].size(1) for name in qkv):
+            raise ValueError("muon takes c_attn for q, k and v of one size: let other parts be weights of their own")
         optimizers.append(Muon(filled([
             {"params": [hidden[name] for name in qkv], "parts": 3},
             {"params": [hidden[name] for name in hidden if name not in qkv], "parts": 1},

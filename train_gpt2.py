@@ -102,7 +102,8 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
     if config.optimizer != "muon" and config.muon_learning_rate != recipe(config.recipe).muon_learning_rate:
-        raise ValueError(f"muon_learning_rate={config.muon_learning_rate} has no use with --optimizer adamw")
+        raise ValueError(f"muon_learning_rate={config.muon_learning_rate} has no use with "
+                         f"--optimizer {config.optimizer}")
     dtype = machine.matmul_dtype(device, config.dtype)
     *_, kernels = model.choose_kernels(T, device, dtype)
     if device.type == "cuda":  # else the memory that is predicted is that of a GPU
@@ -290,6 +291,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         forward_backward(inputs, targets, synchronize=True)
         if unused := [name for name, weight in model.named_parameters() if weight.grad is None]:
             raise rundir.BadOption(f"no gradient reaches {', '.join(unused)}: a checkpoint could not be resumed")
+        if buffers := [name for name, _ in model.named_buffers()]:
+            raise rundir.BadOption(f"a checkpoint has weights alone, not the buffers {', '.join(buffers)}")
         rehearse_update(optimizers)
         model.zero_grad(set_to_none=True)
 

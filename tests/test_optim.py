@@ -118,6 +118,13 @@ def test_embedding_with_a_rate_of_its_own(name, untie):
     assert found == expected | {model.transformer.wte.weight: (torch.optim.AdamW, 0.0625, 0.0)}
 
 
+def test_muon_divides_three_of_one_size_only():
+    gpt = GPT(variant("tiny"))
+    gpt.transformer.h[1].attn.c_attn.weight = torch.nn.Parameter(torch.zeros(128, 64))
+    with pytest.raises(ValueError, match="q, k and v of one size"):
+        make_optimizers(gpt, TrainConfig(optimizer="muon"))
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_rehearsed_update_leaves_all_as_it_is(optimizer):
     """Before the first update and between two: weights and state go on as without it, to the last bit."""

@@ -37,7 +37,7 @@ from data import loader
 from data.shards import write_shard
 from data.tokenizer import gpt2
 from kernels.compiling import compiles
-from model import GPT, GPTConfig, Linear, SlidingWindowAttention
+from model import GPT, CausalSelfAttention, GPTConfig, Linear, SlidingWindowAttention
 from optim import make_optimizers, update
 
 runs = small.runs
@@ -1038,6 +1038,26 @@ def test_a_weight_that_no_gradient_reaches_is_named(runs, monkeypatch, capsys):
     monkeypatch.setattr(train_gpt2, "GPT", WithMore)
     assert runs(max_steps=2) == 2
     assert "error: no gradient reaches forgotten.weight: " in capsys.readouterr().err
+
+
+def test_a_buffer_is_named(runs, monkeypatch, capsys):
+    init_weights = GPT.init_weights
+    monkeypatch.setattr(GPT, "init_weights", lambda gpt, seed: (
+        init_weights(gpt, seed), gpt.register_buffer("mean", torch.zeros(3))))
+    assert runs(max_steps=2) == 2
+    assert "error: a checkpoint has weights alone, not the buffers mean" in capsys.readouterr().err
+
+
+def test_a_window_that_attention_class_overlooks_is_refused(runs, monkeypatch, capsys):
+    monkeypatch.setattr("model.attention_class", lambda config, layer: CausalSelfAttention)
+    assert runs(model="tiny_post_norm_qk_norm_window32") == 2
+    assert "error: attention_class gives a windowed layer another attention" in capsys.readouterr().err
+
+
+def test_state_that_the_optimizer_module_does_not_name_is_not_left_out(runs, monkeypatch, capsys):
+    monkeypatch.setitem(checkpoint.STATE, "AdamW", ("step", "exp_avg"))
+    assert runs(max_steps=2, save_every=2) == 2
+    assert "AdamW keeps exp_avg, exp_avg_sq, step, of which optim.STATE says step, exp_avg" in capsys.readouterr().err
 
 
 def test_an_optimizer_that_nothing_is_known_of_ends_before_the_first_step(runs, monkeypatch, capsys):
