@@ -84,6 +84,8 @@ class Saver:
 
     def __init__(self, run: RunDir, keep_last: int, model: torch.nn.Module, optimizers: list, beside: bool, say=print):
         self.run, self.keep_last, self.say, self.n_failed, self.in_hand = run, keep_last, say, 0, None
+        if buffers := [name for name, _ in model.named_buffers()]:
+            raise BadOption(f"a checkpoint has weights alone, not the buffers {', '.join(buffers)}")
         kept = layouts(model, optimizers)  # KeyError for an optimizer without its line in optim.STATE
         self.thread = ThreadPoolExecutor(1) if beside else None
         if self.thread:  # pinning memory takes a second, in which this process has something else to do

@@ -181,9 +181,9 @@ def settled(path: Path, settings: dict) -> dict:
     """What the index says of a run with these settings that finished or diverged in this directory before, else {}."""
     status = rundir.read_json(path / "status.json")
     done = status.get("reason") == "finished" or status.get("code") == rundir.NOT_FINITE
-    begun, usual = rundir.read_json(path / "config.json").get("settings"), result_settings(TrainConfig(), GPTConfig())
-    same = isinstance(begun, dict) and all(
-        begun.get(name, usual.get(name)) == settings[name] for name in settings if name != "dtype")
+    begun = rundir.read_json(path / "config.json").get("settings")
+    begun = train_gpt2.begun_with(begun) if isinstance(begun, dict) else {}
+    same = all(begun.get(name) == settings[name] for name in settings if name != "dtype")
     return outcome(path, status.get("code"), status.get("reason")) if done and same else {}
 
 

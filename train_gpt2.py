@@ -155,6 +155,11 @@ def print0(*words, file=None):
 # set-up
 
 
+def begun_with(settings: dict) -> dict:
+    """The settings a run was begun with, as it kept them; an option that its version did not have is as by default."""
+    return result_settings(TrainConfig(), GPTConfig()) | settings
+
+
 def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     """
     Updates already done: of the newest valid checkpoint, 0 for a new run, max_steps for one that is finished but has
@@ -169,9 +174,9 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     begun = checkpoint.read_state(newest) if newest else rundir.read_json(run.path / "config.json")
     if not isinstance(begun.get("settings"), dict):
         raise rundir.BadOption(f"{run.path} does not say with which settings it was begun: choose another --run_name")
-    usual = result_settings(TrainConfig(), GPTConfig())  # of an option that the run's version did not have
+    earlier = begun_with(begun["settings"])
     for name, value in settings.items():
-        before = begun["settings"].get(name, usual.get(name))
+        before = earlier.get(name)
         if before != value and name not in config.allow_change:
             raise rundir.BadOption(f"{run.path} was begun with {name}={before!r}, now it is {value!r}: choose another "
                                    f"--run_name, the old value, or --allow_change {name}")
@@ -291,8 +296,6 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         forward_backward(inputs, targets, synchronize=True)
         if unused := [name for name, weight in model.named_parameters() if weight.grad is None]:
             raise rundir.BadOption(f"no gradient reaches {', '.join(unused)}: a checkpoint could not be resumed")
-        if buffers := [name for name, _ in model.named_buffers()]:
-            raise rundir.BadOption(f"a checkpoint has weights alone, not the buffers {', '.join(buffers)}")
         rehearse_update(optimizers)
         model.zero_grad(set_to_none=True)
 
@@ -304,8 +307,8 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     attention = machine.attention_kernels(rehearse, device)
     print0("attention kernels:", attention)
     expected = ", ".join(sorted({KERNEL_NAMES[kernel] for kernel in (window_backend, sdpa) if kernel in KERNEL_NAMES}))
-    own = all(type(block.attn).attend in KNOWN for block in model.transformer.h)  # another one says nothing here
-    if expected and own and attention != expected:
+    known = all(type(block.attn).attend in KNOWN for block in model.transformer.h)  # another may run in any kernel
+    if expected and known and attention != expected:
         raise SlowPath(f"attention ran in {attention}, not in {expected}")
     machine.reset_peak(device)
     described |= {"val_targets": n_val * T, "kernels": {"attention": attention, "window_backend": window_backend,

@@ -57,9 +57,8 @@ def test_no_setting_is_missing():
 @pytest.mark.parametrize("new", [False, True])
 def test_a_run_of_an_older_version_goes_on_as_by_default(runs, capsys, monkeypatch, new):
     """An option that came later: what is usual is what the run was begun with."""
-    add = lambda settings, value: settings | {"later": value}  # noqa: E731
-    monkeypatch.setattr(train_gpt2, "result_settings", lambda config, gpt: add(
-        result_settings(config, gpt), new and config != TrainConfig()))
+    monkeypatch.setattr(train_gpt2, "result_settings", lambda config, gpt: result_settings(config, gpt) | {
+        "later": new and config != TrainConfig()})
     assert runs(**OLD, stop_after=3) == (2 if new else 0)
     assert not new or "was begun with later=False, now it is True" in capsys.readouterr().err
 
