@@ -52,6 +52,8 @@ class GPTConfig:
     """x + f(norm(x)), as in GPT-2; off together with post_norm is OLMo 2's order, x + norm(f(x)) (arXiv 2501.00656)"""
     post_norm: bool = False
     """x + norm(f(norm(x))), norm on both sides of attention and MLP (Peri-LN, arXiv 2502.02732)"""
+    embedding_norm: bool = False
+    """RMSNorm on the embedding, before the first block"""
     qk_norm: bool = False
     """RMSNorm on each head's q and k (arXiv 2302.05442); before or after the rotary embedding is the same"""
     attention_scale: float | None = None
@@ -406,7 +408,8 @@ class GPT(nn.Module):
         return self.output(x, targets)
 
     def embed(self, idx):
-        return self.transformer.wte(idx).to(self.compute_dtype(idx.device))  # (B, T, C)
+        x = self.transformer.wte(idx).to(self.compute_dtype(idx.device))  # (B, T, C)
+        return norm(x) if self.config.embedding_norm else x
 
     def output(self, x, targets):
         cap = self.config.logit_softcap

@@ -16,8 +16,9 @@ def size(name: str) -> GPTConfig:
 
 
 # of each flag that is set, in a model's name; sizes and norms have words of their own
-WORDS = {"qk_norm": "_qk_norm", "attention_scale": "_scale{:g}", "window_size": "_window{}", "window_pattern": "_{}",
-         "mlp_activation": "_{}", "untie": "_untied", "logit_softcap": "_softcap{:g}"}
+WORDS = {"embedding_norm": "_embedding_norm", "qk_norm": "_qk_norm", "attention_scale": "_scale{:g}",
+         "window_size": "_window{}", "window_pattern": "_{}", "mlp_activation": "_{}", "untie": "_untied",
+         "logit_softcap": "_softcap{:g}"}
 
 
 def model_name(config: GPTConfig) -> str:
@@ -47,6 +48,7 @@ def variants() -> dict[str, GPTConfig]:
         replace(hybrid, window_size=256),
         replace(hybrid, window_size=1024),
         replace(hybrid, window_size=256, window_pattern="SSSL"),
+        replace(d12, embedding_norm=True),
         replace(d12, qk_norm=True, attention_scale=0.25),
         replace(d12, mlp_activation="relu2"),
         replace(d12, untie=True),

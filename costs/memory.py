@@ -172,7 +172,7 @@ def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
     """The compiled GPT with targets, in bf16 autocast, its float32 weights included."""
     C, V, x = config.n_embd, config.vocab_size, 2 * B * T * config.n_embd
     alive = 4 * num_params(config) + config.n_layer * layer_bytes(config, backend, B, T, kernels, recompute)
-    alive += x  # the last norm's output
+    alive += x + (x + 4 * B * T) * config.embedding_norm  # the last norm's output; the embedding's, and its scale
     head = 2 * V * C  # bf16 copy
     if kernels == "plain":  # backward peaks where the gradient of the logits has taken their place
         saved = alive + head + x + 2 * B * T * V  # x: what the head is applied to

@@ -11,8 +11,8 @@ import torch
 
 # The fields of GPTConfig that the equations below know; a variant that sets another one has no reference here.
 KNOWN_FIELDS = {"n_layer", "n_head", "n_embd", "vocab_size",
-                "pre_norm", "post_norm", "qk_norm", "attention_scale", "window_size", "window_pattern",
-                "mlp_activation", "untie", "logit_softcap"}
+                "pre_norm", "post_norm", "embedding_norm", "qk_norm", "attention_scale", "window_size",
+                "window_pattern", "mlp_activation", "untie", "logit_softcap"}
 
 
 def rms_norm(x):
@@ -56,6 +56,7 @@ def reference_logits(config, weights, idx):
     activation = {"gelu": gelu, "relu2": lambda x: (x > 0) * x * x}[config.mlp_activation]
     head_norm = rms_norm if config.qk_norm else (lambda x: x)
     x = weights["transformer.wte.weight"][idx]
+    x = rms_norm(x) if config.embedding_norm else x
     for i in range(config.n_layer):
         at = f"transformer.h.{i}."
         windowed = config.window_size is not None and config.window_pattern[i % len(config.window_pattern)] == "S"

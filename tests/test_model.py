@@ -451,8 +451,8 @@ def test_variant_names():
         "d12_olmo2_norm_qk_norm",
         "d12_window256", "d12_post_norm_qk_norm_window256", "d12_post_norm_qk_norm_window1024",
         "d12_post_norm_qk_norm_window256_SSSL",
-        "d12_qk_norm_scale0.25", "d12_relu2", "d12_untied", "d12_softcap15", "d12_qk_norm_relu2_untied_softcap15",
-        "tiny", "tiny_post_norm_qk_norm_window32",
+        "d12_embedding_norm", "d12_qk_norm_scale0.25", "d12_relu2", "d12_untied", "d12_softcap15",
+        "d12_qk_norm_relu2_untied_softcap15", "tiny", "tiny_post_norm_qk_norm_window32",
     }
     assert len(set(VARIANTS.values())) == len(VARIANTS)
     for name, config in VARIANTS.items():
