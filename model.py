@@ -330,6 +330,8 @@ class GPT(nn.Module):
         for name, weight in self.named_parameters():
             residual = name.endswith("c_proj.weight")
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+            if self.config.embedding_norm and self.config.untie and name == "transformer.wte.weight":
+                std = 1.0
             if weight.ndim >= 2 and not weight.is_meta:  # for which torch would import its compiler
                 nn.init.normal_(weight, std=std, generator=generator)
 
