@@ -324,13 +324,13 @@ class GPT(nn.Module):
     def init_weights(self, seed: int):
         """
         All with two or more dimensions: normal with deviation 0.02, divided by sqrt(2 n_layer) for what adds to the
-        residual stream (GPT-2, 2.3). Vectors and numbers keep what their modules gave them.
+        residual stream (GPT-2, 2.3), and 1 for a normed embedding that is not the head too. Vectors and numbers keep
+        what their modules gave them.
         """
         generator = torch.Generator("cpu").manual_seed(seed)
         for name, weight in self.named_parameters():
-            residual = name.endswith("c_proj.weight")
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-            if self.config.embedding_norm and self.config.untie and name == "transformer.wte.weight":
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+            if name == "transformer.wte.weight" and self.config.embedding_norm and self.config.untie:
                 std = 1.0
             if weight.ndim >= 2 and not weight.is_meta:  # for which torch would import its compiler
                 nn.init.normal_(weight, std=std, generator=generator)

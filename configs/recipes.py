@@ -155,9 +155,10 @@ RECIPES = {
                             save_every=350),
     # the same tokens with Muon, for a head that is not tied: a tied one would have the embedding's rate, and diverges
     "fast": TrainConfig(
-        recipe="fast", model="d12_6heads_768wide_qk_norm_relu2_untied", max_steps=700, optimizer="muon",
-        learning_rate=0.004, embedding_learning_rate=0.3, muon_learning_rate=0.02, schedule="linear",
-        decay_fraction=0.5, warmup_steps=10, beta1=0.8, grad_clip=0.0, val_every=100, save_every=350,
+        recipe="fast", model="d12_6heads_768wide_embedding_norm_qk_norm_scale0.125_relu2_untied_softcap15",
+        max_steps=700, optimizer="muon", learning_rate=0.004, embedding_learning_rate=0.3, muon_learning_rate=0.02,
+        schedule="linear", decay_fraction=0.5, warmup_steps=10, beta1=0.65, beta2=0.99, grad_clip=0.0, val_every=100,
+        save_every=350,
     ),
 }
 

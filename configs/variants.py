@@ -54,7 +54,8 @@ def variants() -> dict[str, GPTConfig]:
         replace(d12, untie=True),
         replace(d12, logit_softcap=15.0),
         replace(d12, qk_norm=True, mlp_activation="relu2", untie=True, logit_softcap=15.0),
-        replace(d12, n_head=6, qk_norm=True, mlp_activation="relu2", untie=True),  # of the recipe `fast`
+        replace(d12, n_head=6, embedding_norm=True, qk_norm=True, attention_scale=0.125, mlp_activation="relu2",
+                untie=True, logit_softcap=15.0),  # of the recipe `fast`
         size("tiny"),
         replace(size("tiny"), post_norm=True, qk_norm=True, window_size=32),
     ]

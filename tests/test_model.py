@@ -229,10 +229,14 @@ def test_vectors_begin_as_their_module_gives_them():
     assert gpt.gain.tolist() == [1, 1, 1] and 0 < gpt.more.abs().max() < 0.1
 
 
-def test_init_standard_deviations():
-    config = GPTConfig(n_layer=8, n_head=2, n_embd=128, vocab_size=512)
+@pytest.mark.parametrize("embedding_norm", [False, True])
+@pytest.mark.parametrize("untie", [False, True])
+def test_init_standard_deviations(embedding_norm, untie):
+    config = GPTConfig(n_layer=8, n_head=2, n_embd=128, vocab_size=512, embedding_norm=embedding_norm, untie=untie)
     for name, weight in GPT(config).named_parameters():
         expected = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+        if name == "transformer.wte.weight" and embedding_norm and untie:
+            expected = 1
         assert weight.std().item() == pytest.approx(expected, rel=0.03), name  # 6 sigma for 128 x 128 samples
         assert abs(weight.mean().item()) < 6 * expected / math.sqrt(weight.numel()), name
 
