@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import checkpoint
 import machine
@@ -40,7 +41,7 @@ from configs.variants import model_name, variant
 from costs.floor import measure_floor
 from costs.kernel_kinds import ALL_KINDS, OPTIMIZER, profile
 from costs.measure import ratio, step_times
-from costs.memory import MIB, training_mib
+from costs.memory import MIB, memory_advice, training_mib
 from files import write_json
 from kernels.attention import forget_compiled
 from kernels.compiling import SlowPath, compiles
@@ -114,9 +115,14 @@ class BenchConfig:
         W, T = self.gpt.window_size, self.sequence_length
         if W is not None and W > T:
             raise ValueError(f"window_size={W} is more than sequence_length={T}")
+        self.chosen(device)
+
+    def chosen(self, device: torch.device):
+        """The same with its kernels chosen, plain or fused, as costs/memory.py wants it."""
         with torch.device("meta"):
             model = GPT(self.gpt, self.window_backend, self.kernels, self.recompute_gelu)
-        model.choose_kernels(T, device, machine.matmul_dtype(device, self.dtype))
+        dtype = machine.matmul_dtype(device, self.dtype)
+        return replace(self, kernels=model.choose_kernels(self.sequence_length, device, dtype)[-1])
 
 
 @dataclass(frozen=True)
@@ -243,20 +249,22 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
             figures[i] |= {"peak_mib": peak_mib and peak_mib - others_mib} | profile(step, PROFILED_STEPS, device)
         figures[i]["rounds_ms"].append(times)
 
-    for _ in range(1 if len(configs) == 1 else ROUNDS):
-        for i in range(len(configs)):
-            if not fit:
-                release(built)
-            try:
-                turn(i)
-                continue
-            except RuntimeError as error:
-                alone = not built.keys() - {i} or WORLD_SIZE > 1  # without the others it would not fit, or not in all
-                if alone or not machine.is_out_of_memory(error):
-                    raise
-            fit = False
+    turns = list(range(len(configs))) * (1 if len(configs) == 1 else ROUNDS)
+    for i in tqdm(turns, "measuring", unit="turn", leave=False, disable=None if RANK == 0 else True):
+        if not fit:
             release(built)
+        try:
             turn(i)
+            continue
+        except RuntimeError as error:
+            if not machine.is_out_of_memory(error):
+                raise
+            if not built.keys() - {i} or WORLD_SIZE > 1:  # without the others it would not fit, or not in all
+                config = configs[i].chosen(device)
+                raise MemoryError(memory_advice(config, config.gpt, config.batch_size, WORLD_SIZE)) from error
+        fit = False
+        release(built)
+        turn(i)
     release(built)
     for config, figure in zip(configs, figures, strict=True):
         ms = statistics.median(ms for times in figure["rounds_ms"] for ms in times)
@@ -269,10 +277,17 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
         flops_per_s = model.flops_per_token(T) * config.tokens / ms * 1000
         peak_flops = machine.peak_flops(machine.device_name(device)) if dtype == torch.bfloat16 else None
         figure |= {"mfu": flops_per_s / peak_flops if peak_flops else None,
-                   "predicted_mib": training_mib(config, config.gpt, config.batch_size,
-                                                 shares=WORLD_SIZE if config.way == "ddp" else 1),
+                   "predicted_mib": predicted_mib(config, device),
                    "floor": measure_floor(model, config.batch_size, T, device, dtype, config.optimizer)}
     return figures
+
+
+def predicted_mib(config: BenchConfig, device: torch.device) -> float | None:
+    """None for what costs/memory.py does not know: a model that is not compiled, or in float32."""
+    if machine.matmul_dtype(device, config.dtype) == torch.float32 or not compiles(config.compile, device):
+        return None
+    shares = WORLD_SIZE if config.way == "ddp" else 1
+    return training_mib(config.chosen(device), config.gpt, config.batch_size, shares)
 
 
 def release(built: dict):
@@ -291,6 +306,7 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
     """Prints one setting: a summary, the table of kinds, and the kernels of no known kind by name."""
     dtype = str(machine.matmul_dtype(device, config.dtype)).removeprefix("torch.")
     times = [ms for times in figure["rounds_ms"] for ms in times]
+    predicted = f" ({figure['predicted_mib']:,.0f} predicted)" if figure.get("predicted_mib") else ""
     name = config.against if config.way == "against" else model_name(config.gpt)
     print(f"\n{name}, {config.batch_size} x {config.sequence_length} tokens, {dtype}, "
           f"compile {config.compile}" + f", window by {config.window_backend}" * bool(config.window_backend)
@@ -300,8 +316,7 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
     print(f"{figure['step_ms']:,.2f} ms a step ({min(times):,.2f} to {max(times):,.2f}, {len(times)} steps), "
           f"{figure['tokens_per_s']:,.0f} tokens/s, "
           + (f"{figure['mfu']:.1%} MFU" if figure.get("mfu") else "MFU unknown")
-          + (f", peak {figure['peak_mib']:,.0f} MiB" if figure["peak_mib"] else "")
-          + (f" ({figure['predicted_mib']:,.0f} predicted)" if figure["peak_mib"] and "floor" in figure else ""))
+          + (f", peak {figure['peak_mib']:,.0f} MiB{predicted}" if figure["peak_mib"] else ""))
     floor, step_ms = figure.get("floor", {"kinds": {}}), sum(figure["kinds"].values())
     print(f"\n{'kind of kernel':<18}{'ms':>9}{'share':>8}{'floor ms':>10}{'ratio':>8}")
     rows = {kind: (figure["kinds"][kind], floor["kinds"].get(kind, 0.0)) for kind in ALL_KINDS}
@@ -367,6 +382,9 @@ def main(arguments: list[str] | None = None) -> int:
         if RANK == 0:
             print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", BAD_OPTION)
+    except MemoryError as error:
+        print(f"error: out of memory: {error}", file=sys.stderr)
+        return 1
     except RuntimeError as error:
         if not machine.is_out_of_memory(error):
             raise

@@ -53,7 +53,7 @@ class GPTConfig:
     post_norm: bool = False
     """x + norm(f(norm(x))), norm on both sides of attention and MLP (Peri-LN, arXiv 2502.02732)"""
     embedding_norm: bool = False
-    """RMSNorm on the embedding, before the first block"""
+    """RMSNorm on the embedding, before the first block; with untie the embedding then begins with deviation 1"""
     qk_norm: bool = False
     """RMSNorm on each head's q and k (arXiv 2302.05442); before or after the rotary embedding is the same"""
     attention_scale: float | None = None

@@ -23,7 +23,8 @@ NEWTON_SCHULZ_STEPS = 5
 def make_optimizers(model: torch.nn.Module, config: TrainConfig, compiled: bool = False) -> list[torch.optim.Optimizer]:
     """Each weight is in one of them; weight decay on matrices only. compiled: torch.compile for what is not fused."""
     weights = dict(model.named_parameters())
-    embedding = [] if config.embedding_learning_rate is None else [weights.pop("transformer.wte.weight")]
+    own_rate = config.embedding_learning_rate is not None and "lm_head.weight" in weights  # which a tied head is not
+    embedding = [weights.pop("transformer.wte.weight")] if own_rate else []
     hidden = {name: weights.pop(name) for name in list(weights)
               if config.optimizer == "muon" and ".h." in name and weights[name].ndim == 2}
     optimizers = [torch.optim.AdamW(filled([

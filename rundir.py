@@ -133,7 +133,7 @@ class RunDir:
             source.write_bytes(source_diff())
             fsync(source)
             (self.path / "status.json").unlink(missing_ok=True)  # of the end before this one
-        self.begun = True
+        self.begun, self.step = True, step
 
     def describe(self, config: dict, step: int):
         """config.json again, now complete; of a run that goes on after `step` updates, config-<step>.json."""

@@ -241,8 +241,10 @@ def sweep(runs: list[Run], settings: dict, places: list[dict], folder: Path, sto
     print0(f"{folder}: {len(runs)} runs, {len(runs) - len(waiting)} done before, {len(places)} at a time")
 
     # --- what all have in common, unless the user's environment says something else ---
+    threads = str(max(1, torch.get_num_threads() // len(places)))
     environment = {
-        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // len(places))),
+        "OMP_NUM_THREADS": threads,
+        "TORCHINDUCTOR_COMPILE_THREADS": threads,
         "TQDM_MININTERVAL": "10",  # s; the bars are in the logs
     } | os.environ
 

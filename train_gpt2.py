@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 import traceback
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -46,7 +46,7 @@ from data.tokenizer import token_bytes
 from eval import evaluate
 from kernels.attention import KERNEL_NAMES
 from kernels.compiling import SlowPath, compiles
-from kernels.kv_cache import KNOWN
+from kernels.kv_cache import OWN_ATTENTION
 from model import GPT, GPTConfig
 from optim import make_optimizers, rehearse_update, set_learning_rate, update
 
@@ -104,6 +104,10 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
     if config.optimizer != "muon" and config.muon_learning_rate != recipe(config.recipe).muon_learning_rate:
         raise ValueError(f"muon_learning_rate={config.muon_learning_rate} has no use with "
                          f"--optimizer {config.optimizer}")
+    if not gpt_config.untie and config.embedding_learning_rate not in (
+            None, recipe(config.recipe).embedding_learning_rate):
+        raise ValueError(f"embedding_learning_rate={config.embedding_learning_rate} has no use without --untie: the "
+                         "embedding is the head too")
     dtype = machine.matmul_dtype(device, config.dtype)
     *_, kernels = model.choose_kernels(T, device, dtype)
     if device.type == "cuda":  # else the memory that is predicted is that of a GPU
@@ -248,7 +252,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     if start > 0:
         saved = run.path / checkpoint.directory_name(start)
         checkpoint.load_weights(saved, model)
-        if checkpoint.read_state(saved)["settings"]["optimizer"] == config.optimizer:
+        if begun_with(checkpoint.read_state(saved)["settings"])["optimizer"] == config.optimizer:
             checkpoint.load_optimizers(saved, model, optimizers)  # else --allow_change: it begins anew
         print0(f"resuming from {saved}")
     elif weights_from is not None:
@@ -303,12 +307,14 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         if window_backend == "flex":
             kept_mib, _, ms = block_mask_cost(T, gpt_config.window_size, device)
             print0(f"block mask T={T} W={gpt_config.window_size}: +{kept_mib:.2f} MiB, {ms:.0f} ms")
+        if compiled:
+            print0("compiling, up to half a minute")
         rehearse()
     attention = machine.attention_kernels(rehearse, device)
     print0("attention kernels:", attention)
     expected = ", ".join(sorted({KERNEL_NAMES[kernel] for kernel in (window_backend, sdpa) if kernel in KERNEL_NAMES}))
-    known = all(type(block.attn).attend in KNOWN for block in model.transformer.h)  # another may run in any kernel
-    if expected and known and attention != expected:
+    own = all(type(block.attn).attend in OWN_ATTENTION for block in model.transformer.h)  # others may run in any kernel
+    if expected and own and attention != expected:
         raise SlowPath(f"attention ran in {attention}, not in {expected}")
     machine.reset_peak(device)
     described |= {"val_targets": n_val * T, "kernels": {"attention": attention, "window_backend": window_backend,
@@ -440,9 +446,10 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
 
 
 def print_variants():
+    width = max(map(len, VARIANTS))
     for name, gpt_config in VARIANTS.items():
         with torch.device("meta"):
-            print0(f"{name:45} {GPT(gpt_config).num_params():>13,} parameters")
+            print0(f"{name:{width}} {GPT(gpt_config).num_params():>13,} parameters")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -480,9 +487,12 @@ def main(arguments: list[str] | None = None) -> int:
             traceback.print_exception(error)
     good = code in (rundir.DONE, rundir.STOPPED)
     others.end(reason, code, failed=not good)
-    with suppress(rundir.CannotWrite):  # then that is the error already, or the last checkpoint says as much
+    try:
         if reason:
             run.close(reason, code)
+    except rundir.CannotWrite as error:
+        if good:  # else it is said below
+            print0(f"warning: status.json is missing, {error}", file=sys.stderr)
     if code == rundir.STOPPED:
         print0(f"{reason}: stopped after step {run.step}" + "; the same command continues" * (config.save_every > 0))
     elif code != rundir.DONE:

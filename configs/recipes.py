@@ -43,7 +43,7 @@ class TrainConfig:
     learning_rate: float = 6e-4
     """of AdamW: peak, reached after the warm-up"""
     embedding_learning_rate: float | None = None
-    """AdamW's for the embedding (and head, if they are tied), which then has no weight decay; None: learning_rate"""
+    """AdamW's for an embedding that is not the head too, which then has no weight decay; None: learning_rate"""
     muon_learning_rate: float = 0.02
     """of Muon: peak, with the same schedule"""
     final_lr_fraction: float = 0.0
@@ -153,7 +153,7 @@ RECIPES = {
     # short comparisons on any text: 46 million tokens
     "short700": TrainConfig(recipe="short700", max_steps=700, learning_rate=1.5e-3, warmup_steps=70, val_every=100,
                             save_every=350),
-    # the same tokens with Muon, for a head that is not tied: a tied one would have the embedding's rate, and diverges
+    # the same tokens with Muon
     "fast": TrainConfig(
         recipe="fast", model="d12_6heads_768wide_embedding_norm_qk_norm_scale0.125_relu2_untied_softcap15",
         max_steps=700, optimizer="muon", learning_rate=0.004, embedding_learning_rate=0.3, muon_learning_rate=0.02,

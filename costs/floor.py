@@ -35,11 +35,12 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, 
 
     loss             logits read, their gradient written
     activation       forward reads and writes 4 C per token and layer, backward reads its input and the gradient too;
-                     with fused kernels none
+                     GELU with fused kernels none
     norm and rotary  for attention and MLP of each layer, x + f(x): x and f(x) read, the sum written; in backward two
                      gradients of x read, their sum written. With pre_norm also the norm written, and in backward its
                      output read; with post_norm f(x) read again in backward, and its gradient written. Rotary: q and k
-                     read and written, forward and backward; with qk_norm read again in backward. The last norm
+                     read and written, forward and backward; with qk_norm read again in backward. The last norm; with
+                     embedding_norm its output read in backward
     embedding        a row read and x written; in backward the gradient of x added to a row
     optimizer        AdamW reads the weight, its gradient and two moments and writes all but the gradient, which the
                      norm for clipping has read before; Muon has one moment, and its products are left out
@@ -50,8 +51,8 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, 
     branch = 6 + 2 * config.pre_norm + 2 * config.post_norm  # times x
     return {
         "loss": 2 * tokens * config.vocab_size * itemsize,
-        "activation": 5 * 4 * x * L * (kernels == "plain"),
-        "norm and rotary": (2 * branch + 8 + 2 * config.qk_norm) * x * L + 4 * x,
+        "activation": 0 if kernels == "fused" and config.mlp_activation == "gelu" else 5 * 4 * x * L,
+        "norm and rotary": (2 * branch + 8 + 2 * config.qk_norm) * x * L + (4 + config.embedding_norm) * x,
         "embedding": 2 * x + 3 * 4 * tokens * config.n_embd,
         "optimizer": 4 * ((7 + 1) * num_params - 2 * of_muon),
         "other": (1 + (kernels == "plain")) * (4 + itemsize) * num_params if itemsize < 4 else 0,

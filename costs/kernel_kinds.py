@@ -26,7 +26,7 @@ KINDS = {
     "attention": r"flash|flex_attention|fmha|cudnn|attention",
     "loss": r"log_softmax|nll_loss|logsumexp|cross_entropy|softmax_?(forward|backward|warp)",
     "matrix product": r"nvjet|gemm|gemv|cutlass|splitk|cublas|triton_tem_|triton_mm|aten::(add|b|badd)?mm$|mkl",
-    "activation": r"gelu|tanh",
+    "activation": r"gelu|tanh|relu|threshold",
     "embedding": r"embedding|index_select",
     "norm and rotary": r"rms_?norm|rsqrt|rotate|triton_.*_(add|cat|mean|mul|neg|pow|sub)(_|$)|"
                        r"aten::(add|cat|mean|mul|neg|pow|sub)$",

@@ -172,7 +172,9 @@ def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
     """The compiled GPT with targets, in bf16 autocast, its float32 weights included."""
     C, V, x = config.n_embd, config.vocab_size, 2 * B * T * config.n_embd
     alive = 4 * num_params(config) + config.n_layer * layer_bytes(config, backend, B, T, kernels, recompute)
-    alive += x + (x + 4 * B * T) * config.embedding_norm  # the last norm's output; the embedding's, and its scale
+    alive += x  # the last norm's output
+    if config.embedding_norm:  # its output, which without pre_norm c_attn has as its own input, and its scale
+        alive += x * config.pre_norm + 4 * B * T
     head = 2 * V * C  # bf16 copy
     if kernels == "plain":  # backward peaks where the gradient of the logits has taken their place
         saved = alive + head + x + 2 * B * T * V  # x: what the head is applied to
@@ -228,7 +230,7 @@ def largest_batch_size(config: TrainConfig, gpt_config: GPTConfig, sequences: in
 
 
 def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> str:
-    """What to change where this does not fit, and what that is predicted to save."""
+    """What to change where this does not fit, and what that is predicted to save. config: its kernels are chosen."""
     needed_mib, options = training_mib(config, gpt_config, batch_size, shares), []
     for smaller in divisors(batch_size)[1:]:
         saved_mib = needed_mib - training_mib(config, gpt_config, smaller, shares * batch_size // smaller)
@@ -236,6 +238,6 @@ def memory_advice(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, s
             options.append(f"--batch_size {smaller} is predicted to save {saved_mib:,.0f} MiB")
             break
     saved_mib = needed_mib - training_mib(replace(config, recompute_gelu=True), gpt_config, batch_size, shares)
-    if config.kernels != "plain" and gpt_config.mlp_activation == "gelu" and saved_mib >= 1:
+    if config.kernels == "fused" and gpt_config.mlp_activation == "gelu" and saved_mib >= 1:
         options.append(f"--recompute_gelu {'' if options else 'is predicted to save '}{saved_mib:,.0f} MiB")
     return ", ".join(options) or "no option saves anything, a smaller --model or a shorter --sequence_length does"

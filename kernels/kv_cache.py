@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kernels.compiling import compile_static
 from model import GPT, PLAIN, CausalSelfAttention, SlidingWindowAttention, rotary_angles
 
-KNOWN = CausalSelfAttention.attend, SlidingWindowAttention.attend  # what LayerCache.attend computes
+OWN_ATTENTION = CausalSelfAttention.attend, SlidingWindowAttention.attend  # model.py's: what LayerCache.attend computes
 CHUNK_TOKENS = 256  # of a prompt at a time: what bounds the memory of the scores
 
 
@@ -65,7 +65,7 @@ class KVCache:
 
     def __init__(self, model: GPT, max_tokens: int, batch_size: int = 1, compiled: bool = False):
         for block in model.transformer.h:
-            if type(block.attn).attend not in KNOWN:
+            if type(block.attn).attend not in OWN_ATTENTION:
                 raise ValueError(f"{type(block.attn).__name__} has an attend of its own, unknown to the cache: "
                                  "sample with --recompute")
         config, weight = model.config, model.lm_head.weight

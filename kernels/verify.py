@@ -28,6 +28,7 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
+from tqdm import tqdm
 
 import machine
 from kernels.attention import (
@@ -222,12 +223,12 @@ def verify(device: torch.device) -> list[Result]:
     groups = {}
     for case in all_cases(device):
         groups.setdefault((case.backend, case.dtype, case.D, case.T), []).append(case)
-    run = partial(check_group, device=device)
+    run, bar = partial(check_group, device=device), partial(tqdm, total=len(groups), desc="checking", disable=None)
     if device.type != "cuda":
-        return [result for group in groups.values() for result in run(group)]
+        return [result for group in bar(groups.values()) for result in run(group)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), spawn, initializer=start_worker, max_tasks_per_child=1) as pool:
-        return [result for results in pool.map(run, groups.values()) for result in results]
+        return [result for results in bar(pool.map(run, groups.values())) for result in results]
 
 
 def report(results: list[Result], device: torch.device):

@@ -73,6 +73,19 @@ def test_resumed_run_is_the_uninterrupted_run(runs, whole, k, batch_size, dtype,
         counts.survived += 1
 
 
+LIKE_FAST = {"optimizer": "muon", "untie": True, "embedding_norm": True, "mlp_activation": "relu2", "beta2": 0.99,
+             "logit_softcap": 15.0, "embedding_learning_rate": 0.3, "schedule": "linear", "decay_fraction": 0.5}
+
+
+@pytest.mark.parametrize("k", range(1, 12))
+def test_resumed_run_with_all_of_recipe_fast(runs, whole, k):
+    with row(STOPPED) as counts:
+        counts.injected += 1
+        assert runs(**TWELVE, **LIKE_FAST, stop_after=k) == 0 and runs(**TWELVE, **LIKE_FAST) == 0
+        assert_same_result(runs.path, whole(**LIKE_FAST))
+        counts.survived += 1
+
+
 @pytest.mark.parametrize("optimizer", small.OPTIMIZERS)
 @pytest.mark.parametrize("k", range(1, 12, 3))
 def test_without_its_moments_it_is_not(runs, whole, k, optimizer, monkeypatch):
@@ -255,6 +268,32 @@ def test_a_refused_run_does_not_cost_the_finished_one(runs):
     assert runs(save_every=0, learning_rate=0.5) == 2
     assert runs(save_every=0) == 0
     assert (runs.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_status_of_a_run_that_cannot_go_on(runs, monkeypatch, capsys):
+    """It has made the steps that it goes on from."""
+    assert runs(save_every=2, stop_after=2) == 0
+
+    def full(run, step):
+        raise rundir.CannotWrite("no space")
+
+    monkeypatch.setattr(rundir.RunDir, "open_metrics", full)
+    assert runs(save_every=2) == 5
+    assert status(runs.path) == {"reason": "no space", "step": 2, "code": 5}
+
+
+def test_a_status_that_cannot_be_written_is_said(runs, monkeypatch, capsys):
+    write = rundir.write_json
+
+    def full(path, content):
+        if path.name == "status.json":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, content)
+
+    monkeypatch.setattr(rundir, "write_json", full)
+    assert runs() == 0
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("warning: ") and "status.json" in line and "No space" in line
 
 
 def test_changed_data_under_the_same_path_is_noticed(runs, capsys):

@@ -593,6 +593,7 @@ CHECKPOINT, DATA = "runs/run/step-00000006/", "data/mine/"
     (CHECKPOINT + "manifest.json", ["state.json", "bytes"], "\ud800\nTraceback", "train", 0),
     (CHECKPOINT + "state.json", ["settings"], [], "train", 2),
     (CHECKPOINT + "state.json", ["settings", "schedule"], "a\nb", "train", 2),
+    (CHECKPOINT + "state.json", ["settings", "optimizer"], ..., "train", 0),
     (CHECKPOINT + "state.json", ["tokenizer"], ..., "sample", 2),
     (CHECKPOINT + "state.json", ["model_config"], ..., "sample", 4),
     (CHECKPOINT + "state.json", ["model_config", "n_layer"], -1, "sample", 4),

@@ -5,16 +5,24 @@ from dataclasses import replace
 import pytest
 import torch
 
+from configs.recipes import RECIPES
 from configs.variants import VARIANTS
-from kernels.kv_cache import KNOWN, KVCache, Recompute
+from kernels.kv_cache import OWN_ATTENTION, KVCache, Recompute
 from model import GPT, CausalSelfAttention, attention_class
 
 BODY = {"n_layer": 4, "n_head": 2, "n_embd": 64, "vocab_size": 512}
 SMALL = {}  # each distinct set of flags once, windows of 256 tokens and more as 7, on a small body
 for name, config in VARIANTS.items():
     small = replace(config, **BODY, window_size=config.window_size and max(5, min(7, config.window_size // 36)))
-    if all(attention_class(small, layer).attend in KNOWN for layer in range(small.n_layer)):
+    if all(attention_class(small, layer).attend in OWN_ATTENTION for layer in range(small.n_layer)):
         SMALL.setdefault(small, name)
+
+GRAPHS = ("d12_olmo2_norm_qk_norm", "d12_window256", "d12_post_norm_qk_norm_window256_SSSL",
+          "d12_qk_norm_scale0.25", RECIPES["fast"].model, "tiny_post_norm_qk_norm_window32")
+
+
+def test_variants_of_the_graphs():
+    assert set(GRAPHS) <= set(SMALL.values())
 
 
 def model_of(config):
@@ -94,7 +102,7 @@ def test_a_cleared_cache_knows_nothing_of_the_text_before():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("config", list(SMALL)[-6:], ids=list(SMALL.values())[-6:])
+@pytest.mark.parametrize("config", [pytest.param(config, id=name) for config, name in SMALL.items() if name in GRAPHS])
 def test_gpu_graph_is_equal_to_recomputing(config, compiled, fresh_compiler):
     """Greedy, in float32, and again after the text before."""
     model = model_of(config).cuda()

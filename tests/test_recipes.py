@@ -210,6 +210,9 @@ REFUSED = {
     "run name ..": (["--run_name", ".."], ["run_name", ".."]),
     "empty run name": (["--run_name", ""], ["run_name"]),
     "resume": (["--resume", "always"], ["resume", "auto", "never"]),
+    "a rate for Muon without it": (["--muon_learning_rate", "0.1"], ["muon_learning_rate=0.1", "--optimizer adamw"]),
+    "a rate for an embedding that is the head": (["--embedding_learning_rate", "0.1"],
+                                                 ["embedding_learning_rate=0.1", "--untie"]),
 }
 LEAST = {  # of whole numbers; the most is 2^53
     "seed": 0, "batch_size": 1, "sequence_length": 1, "total_batch_tokens": 1, "max_steps": 1, "stop_after": 1,

@@ -395,9 +395,11 @@ def test_what_runs_have_in_common(cache, sweeps, monkeypatch):
     finally:
         torch.set_num_threads(torch_threads)
     environments = [call["environment"] for call in sweeps.calls()]
-    added = {"OMP_NUM_THREADS": "2", "TQDM_MININTERVAL": "10", "SWEEP_RUNS_BESIDE": "2"}
+    added = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2", "TQDM_MININTERVAL": "10",
+             "SWEEP_RUNS_BESIDE": "2"}
     assert environments == [os.environ | added] * 3  # so that no run has a cache of its own
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "4")
     assert sweeps("--models", "tiny", "--sweep", "seed=3") == 0
     assert sweeps.calls()[-1]["environment"] == os.environ | {"TQDM_MININTERVAL": "10"}
     assert len(sweeps.index()) == 4  # a second line in the same folder adds to the index

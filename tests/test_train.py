@@ -633,11 +633,12 @@ def test_the_micro_batch_follows_the_kernels(monkeypatch):
 
 
 def test_memory_advice():
-    config, d12 = train_gpt2.recipe("default"), train_gpt2.variant("d12")
+    config, d12 = replace(train_gpt2.recipe("default"), kernels="fused"), train_gpt2.variant("d12")
     assert memory_advice(config, d12, 64, 1) == (
         "--batch_size 32 is predicted to save 7,710 MiB, --recompute_gelu 5,001 MiB")
     assert memory_advice(config, d12, 1, 64) == "--recompute_gelu is predicted to save 72 MiB"
-    for other in replace(config, recompute_gelu=True), replace(config, kernels="plain"):
+    for other in (replace(config, recompute_gelu=True), replace(config, kernels="plain"),
+                  replace(config, kernels=None)):  # no GPU
         assert "--recompute" not in memory_advice(other, d12, 64, 1)
 
 

@@ -13,7 +13,7 @@ from data.shards import write_shard
 from model import GPTConfig
 from tests.faults.table import row
 
-OLD = {"n_layer": 2, "n_embd": 32, "n_head": 2, "window_size": 8, "post_norm": True, "optimizer": "muon",
+OLD = {"n_layer": 2, "n_embd": 32, "n_head": 2, "window_size": 8, "post_norm": True, "optimizer": "muon", "untie": True,
        "save_every": 2, "batch_size": 1, "dtype": "float32"}  # so that every setting below can change alone
 CHANGES = {  # setting: (value of the run, value of the next start)
     "sequence_length": (32, 16), "total_batch_tokens": (128, 256), "max_steps": (6, 7), "optimizer": ("muon", "adamw"),
@@ -24,7 +24,7 @@ CHANGES = {  # setting: (value of the run, value of the next start)
     "dtype": ("torch.float32", "torch.bfloat16"), "seed": (0, 1),
     "n_layer": (2, 3), "n_head": (2, 4), "n_embd": (32, 64), "vocab_size": (512, 768), "pre_norm": (True, False),
     "post_norm": (True, False), "qk_norm": (False, True), "attention_scale": (None, 0.5), "window_size": (8, 16),
-    "window_pattern": ("S", "SL"), "mlp_activation": ("gelu", "relu2"), "untie": (False, True),
+    "window_pattern": ("S", "SL"), "mlp_activation": ("gelu", "relu2"), "untie": (True, False),
     "logit_softcap": (None, 30.0),
 }
 for name, value in result_settings(TrainConfig(), GPTConfig()).items():  # a field of a new variant
