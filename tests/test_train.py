@@ -25,7 +25,20 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from small import BATCH_TOKENS, VOCAB, T, assert_same_result, losses, make_data, metrics, status, steps, tree, wait_for
+from small import (
+    BATCH_TOKENS,
+    VOCAB,
+    T,
+    assert_same_result,
+    losses,
+    make_data,
+    metrics,
+    status,
+    steps,
+    tensors,
+    tree,
+    wait_for,
+)
 
 import checkpoint
 import machine
@@ -1091,6 +1104,31 @@ def test_gpu_run_and_resume(runs, capsys, fresh_compiler):
     resumed, whole = losses(runs.path), losses(runs.out_dir / "whole")
     assert resumed[:8] == pytest.approx(whole[:8], rel=1e-3)
     assert resumed == pytest.approx(whole, rel=1e-2)  # sums in any order, as on a GPU, drift apart
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", small.OPTIMIZERS)
+def test_gpu_not_finite(runs, optimizer, monkeypatch, fresh_compiler):
+    """Kept from the weights on the device, said when the host gets to know, one step later; nothing of it is saved."""
+    calls, update = [], train_gpt2.update
+
+    def poisoned(model, *more):
+        calls.append(model)
+        if len(calls) == 5:
+            model.transformer.h[0].mlp.c_fc.weight.grad[0, 0] = math.nan
+        return update(model, *more)
+
+    options = ON_GPU | {"optimizer": optimizer, "save_every": 2}
+    monkeypatch.setattr(train_gpt2, "update", poisoned)
+    assert runs(**options) == 6
+    said = status(runs.path)
+    assert said["code"] == 6 and said["step"] == len(metrics(runs.path)) == 4 and said["reason"].startswith("step 5: ")
+    assert steps(runs.path) == [2, 4]
+    monkeypatch.undo()
+    assert runs(**options) == 0
+    assert len(metrics(runs.path)) == ON_GPU["max_steps"]
+    assert all(math.isfinite(loss) for loss in losses(runs.path))
+    assert all(x.isfinite().all() for x in tensors(runs.path / "step-00000012").values())
 
 
 @pytest.mark.gpu

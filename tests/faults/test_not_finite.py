@@ -23,10 +23,11 @@ POISONS = {  # what is named first
 @pytest.mark.parametrize(("step", "factor"), [  # a step with a save after it, and one without
     (4, "nan"), (5, "inf"), pytest.param(4, "inf", marks=LONG), pytest.param(5, "nan", marks=LONG)])
 @pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("ranks", [(2, 1), (2, 0), (1, 0)], ids=["rank 1 of 2", "rank 0 of 2", "alone"])
-def test_not_finite(place, wholes, ranks, poison, factor, step):  # noqa: F811
-    n, rank = ranks
-    changes = {"batch_size": 2 // n, "total_batch_tokens": 2 * 2 * 32}
+@pytest.mark.parametrize(("n", "rank", "optimizer"), [
+    (2, 1, "adamw"), (2, 0, "adamw"), (1, 0, "adamw"), (1, 0, "muon")],
+    ids=["rank 1 of 2", "rank 0 of 2", "alone", "alone, Muon"])
+def test_not_finite(place, wholes, n, rank, optimizer, poison, factor, step):  # noqa: F811
+    changes = {"batch_size": 2 // n, "total_batch_tokens": 2 * 2 * 32, "optimizer": optimizer}
     with row(FAULT) as counts:
         counts.injected += 1
         run = place.start(n, rank=rank, step=step, poison=poison, factor=factor, changes=changes)
