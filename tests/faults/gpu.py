@@ -507,8 +507,9 @@ def lines(found: dict) -> list[tuple[str, str, bool | None]]:
             return "not measured"
         if same["bitwise"]:
             return f"the same bits in {same['steps']} steps"
-        return (f"first differs in step {same['first_step_that_differs']} by {same['loss_differs_there_by']:.1e}, at "
-                f"most {same['loss_differs_at_most_by']:.1e}; {same['tensors_that_differ']} tensors at the end")
+        return (f"first differs in step {same['first_step_that_differs']}, the loss by "
+                f"{same['loss_differs_there_by']:.1e} there and at most by {same['loss_differs_at_most_by']:.1e}; "
+                f"{same['tensors_that_differ']} tensors at the end")
 
     told = [(f"same seed twice, {name}", said(same), same and same["bitwise"] if "deterministic" in name else None)
             for name, same in found["same_seed"].items()]

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
+BESIDE = ", saves written by a thread as on a GPU"  # in the name of a row
+
 
 class Row:
     """

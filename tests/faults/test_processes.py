@@ -19,7 +19,7 @@ from small import T, assert_same_result, metrics, status, steps
 import checkpoint
 from data.loader import train_order
 from tests.faults.ranks import Ranks, alive
-from tests.faults.table import row
+from tests.faults.table import BESIDE, row
 
 OPTIONS = {"n_layer": 1, "n_embd": 16, "n_head": 1, "max_steps": 8, "val_every": 3, "save_every": 2, "batch_size": 1,
            "val_tokens": 12 * T}
@@ -127,7 +127,6 @@ def test_sigterm_where_everything_is_slow(place, wholes, where):
         counts.survived += 1
 
 
-BESIDE = ", saves written by a thread as on a GPU"
 
 
 @pytest.mark.parametrize("to", ["rank 0", pytest.param("rank 1", marks=LONG)])

@@ -15,8 +15,10 @@ import small
 
 import checkpoint
 from tests.faults import trial
-from tests.faults.table import row
+from tests.faults.table import BESIDE, row
 from tests.faults.test_kill import OPTIONS, Place, naive_fails, steps_saved, whole  # noqa: F401 (a fixture)
+
+BESIDE_OR_NOT = pytest.mark.parametrize("beside", [False, True], ids=["", "saves beside"])
 
 
 def n_bytes(run) -> str:
@@ -60,13 +62,14 @@ def small_disk(request, tmp_path):
     subprocess.run(["umount", "-l", path], check=True)
 
 
-def test_disks_of_20_sizes(whole, small_disk):  # noqa: F811
+@BESIDE_OR_NOT
+def test_disks_of_20_sizes(whole, small_disk, beside):  # noqa: F811
     """From one that has no room for the first file to one that has room for all, with one save in hand."""
     disk, resize = small_disk
-    place, codes, n_saved = Place(disk / "place", whole.runs.data), [], []
+    place, codes, n_saved = Place(disk / "place", whole.runs.data, beside), [], []
     place.out = disk.parent / "out"  # what the process says is not on that disk
     needed = sum(path.stat().st_size for path in whole.path.rglob("*") if path.is_file()) * 3 // 2 // 1024
-    with row("a disk of 20 sizes") as counts:
+    with row("a disk of 20 sizes" + BESIDE * beside) as counts:
         for i in range(20):
             for control in True, False:
                 shutil.rmtree(place.runs.out_dir, ignore_errors=True)
@@ -111,11 +114,12 @@ def test_a_disk_that_has_room_again(whole, small_disk, monkeypatch, capsys):  # 
         counts.survived += 1
 
 
+@BESIDE_OR_NOT
 @pytest.mark.parametrize("limit", [30_000, 40_000, 60_000, 80_000])
-def test_files_that_cannot_grow(whole, tmp_path, limit):  # noqa: F811
+def test_files_that_cannot_grow(whole, tmp_path, limit, beside):  # noqa: F811
     """By a limit of the system (ulimit -f): the weights take 46 kB, the optimizer's state 92 kB."""
-    place = Place(tmp_path / "place", whole.runs.data)
-    with row("files that cannot grow") as counts:
+    place = Place(tmp_path / "place", whole.runs.data, beside)
+    with row("files that cannot grow" + BESIDE * beside) as counts:
         counts.injected += 1
         code = place.run("file_size_limit", (limit,))
         assert code == 5 and "File too large" in place.out.read_text()
@@ -123,9 +127,10 @@ def test_files_that_cannot_grow(whole, tmp_path, limit):  # noqa: F811
         place.finish(whole)
         counts.detected += 1
         shutil.rmtree(place.path)
-        assert place.run("file_size_limit", (limit, True)) == -signal.SIGXFSZ  # so the signal is really sent
-        place.finish(whole)
-        shutil.rmtree(place.path)
+        if not beside:  # a thread cannot ask for it
+            assert place.run("file_size_limit", (limit, True)) == -signal.SIGXFSZ  # so the signal is really sent
+            place.finish(whole)
+            shutil.rmtree(place.path)
         place.run("file_size_limit", (limit,), control=True)
         counts.control(naive_fails(place, whole))
 
