@@ -151,26 +151,28 @@ def test_decay_is_for_matrices():
         (2, 3): 0.3, (2,): 0.0}
 
 
-def shared(rank, directory, n_processes):
+def shared(rank, directory, n_processes, compiled):
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=n_processes)
     x = torch.load(f"{directory}/x.pt")
-    torch.save((share(orthogonal, x), share(orthogonal, x[:1]), after_two_steps()), f"{directory}/{rank}.pt")
+    result = share(orthogonal, x), share(orthogonal, x[:1]), after_two_steps(compiled)
+    torch.save(result, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def after_two_steps() -> list:
+def after_two_steps(compiled) -> list:
     start, gradients = weights_and_gradients(2)
     weights = [weight.requires_grad_() for weight in start]
-    train(Muon([{"params": weights, "parts": 1}], lr=0.1, weight_decay=0.2), weights, gradients)
+    train(Muon([{"params": weights, "parts": 1}], lr=0.1, weight_decay=0.2, compiled=compiled), weights, gradients)
     return [weight.detach() for weight in weights]
 
 
-def test_processes_share_the_work(tmp_path, one_thread):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_processes_share_the_work(tmp_path, one_thread, compiled):
     """The same bits in each: four matrices among three processes, of which one has none, a single one, and Muon's."""
     x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     torch.save(x, tmp_path / "x.pt")
-    torch.multiprocessing.spawn(shared, (str(tmp_path), 3), nprocs=3)
-    alone = after_two_steps()
+    torch.multiprocessing.spawn(shared, (str(tmp_path), 3, compiled), nprocs=3)
+    alone = after_two_steps(compiled)
     for rank in range(3):
         four, one, weights = torch.load(tmp_path / f"{rank}.pt")
         assert torch.equal(four, orthogonal(x)) and torch.equal(one, orthogonal(x[:1]))
