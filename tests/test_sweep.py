@@ -439,6 +439,17 @@ finish()
     assert sorted(used[:2]) == ["3", "5"] and len(used) == 8
 
 
+@pytest.mark.gpu
+def test_gpu_sweep(sweeps):
+    """Real runs, more than there are GPUs: each is compiled, and sees one GPU."""
+    n = torch.cuda.device_count() + 1
+    assert sweeps("--models", "tiny", "--seeds", str(n), device="cuda") == 0
+    assert sweeps.by_seed("state") == ["finished"] * n
+    for run in sweeps.index():
+        config = json.loads((sweeps.folder / run / "config.json").read_text())
+        assert config["environment"]["gpus"] == 1 and config["environment"]["driver"]
+
+
 def test_a_signal_before_a_run_listens(sweeps, capfd, monkeypatch):
     sweeps.stub(monkeypatch, "import signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()")
     assert sweeps("--models", "tiny", "--seeds", "3") == 75

@@ -59,7 +59,8 @@ def test_what_does_not_hold_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "trials", lambda size: (shared, {}, {}))
     code, _ = run(monkeypatch, tmp_path / "out.json")
     assert code == 1
-    assert "first differs in step 1, the loss by 1.0e+00" in (told := capsys.readouterr().out) and "does not hold" in told
+    told = capsys.readouterr().out
+    assert "first differs in step 1, the loss by 1.0e+00" in told and "does not hold" in told
 
 
 def test_at_the_deadline_it_ends_what_runs_and_writes_the_rest(tmp_path, monkeypatch):
