@@ -44,10 +44,11 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, 
     embedding        a row read and x written; in backward the gradient of x added to a row
     optimizer        AdamW reads the weight, its gradient and two moments and writes all but the gradient, which the
                      norm for clipping has read before; Muon has one moment, and its products are left out
-    other            in 16 bits: each weight is cast for the products, and with plain kernels its gradient back
+    other            in 16 bits: each weight of a product is cast, and with plain kernels its gradient back
     """
     x, L = tokens * config.n_embd * itemsize, config.n_layer
     of_muon = 12 * config.n_embd**2 * L if optimizer == "muon" else 0
+    in_products = num_params - config.untie * config.vocab_size * config.n_embd
     branch = 6 + 2 * config.pre_norm + 2 * config.post_norm  # times x
     return {
         "loss": 2 * tokens * config.vocab_size * itemsize,
@@ -55,7 +56,7 @@ def least_bytes(config: GPTConfig, tokens: int, num_params: int, itemsize: int, 
         "norm and rotary": (2 * branch + 8 + 2 * config.qk_norm) * x * L + (4 + config.embedding_norm) * x,
         "embedding": 2 * x + 3 * 4 * tokens * config.n_embd,
         "optimizer": 4 * ((7 + 1) * num_params - 2 * of_muon),
-        "other": (1 + (kernels == "plain")) * (4 + itemsize) * num_params if itemsize < 4 else 0,
+        "other": (1 + (kernels == "plain")) * (4 + itemsize) * in_products if itemsize < 4 else 0,
     }
 
 

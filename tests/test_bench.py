@@ -145,6 +145,8 @@ def test_least_bytes():
         name = "norm and rotary"
         return least_bytes(replace(plain, **flags), 10, 1000, 2, "plain")[name] - n_bytes[name]
 
+    untied = least_bytes(replace(plain, untie=True), 10, 10**7, 2, "fused")["other"]
+    assert untied == 6 * (10**7 - 50_304 * 64)  # an embedding that no product reads is not cast
     assert more(qk_norm=True) == 2 * 2 * x
     assert more(embedding_norm=True) == x
     assert more(post_norm=True) == 2 * 4 * x
