@@ -109,7 +109,7 @@ class Others:
         """Lost, if the error is that others kept a collective waiting, with the processes that did; else the error."""
         if self.world_size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return error
-        with suppress(RuntimeError):
+        try:
             self.store.set(f"waited/{self.rank}", "")
             until = time.monotonic() + 0.2 * self.hang_timeout_s  # for those that began to wait later
             while late := [i for i in range(self.world_size) if not self.store.check([f"waited/{i}"])]:
@@ -117,6 +117,8 @@ class Others:
                     return Lost(f"process {', '.join(map(str, late))} hangs: the others have waited for "
                                 f"{0.8 * self.hang_timeout_s:.0f} s (--hang_timeout_s)")
                 time.sleep(0.1)  # if one is gone, `watch` ends this process meanwhile
+        except RuntimeError:  # process 0 has the store, or torchrun, with which this process is gone too
+            return Lost("process 0 is gone")
         return error
 
     def anywhere(self, condition: bool) -> bool:

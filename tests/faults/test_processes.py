@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import small
+import torch
 from small import T, assert_same_result, metrics, status, steps
 
 import checkpoint
 from data.loader import train_order
+from processes import Others
 from tests.faults.ranks import Ranks, alive
 from tests.faults.table import BESIDE, row
 
@@ -317,6 +319,19 @@ def test_hang(tmp_path, wholes):
     finally:
         for ranks in *trials.values(), *controls.values():
             ranks.end()
+
+
+class GoneStore:
+    def set(self, key, value):
+        raise torch.distributed.DistNetworkError("Broken pipe")
+
+
+def test_the_store_goes_while_a_process_asks_who_hangs():
+    """Process 0 came first to an error, named the one that hangs, and is gone: that is no error of this process."""
+    others = Others.__new__(Others)
+    others.world_size, others.rank, others.store = 3, 1, GoneStore()
+    error = others.explain(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    assert (str(error), error.exit_code) == ("process 0 is gone", LOST)
 
 
 def test_slow_is_not_hanging(place):
