@@ -251,20 +251,19 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
 
     turns = list(range(len(configs))) * (1 if len(configs) == 1 else ROUNDS)
     for i in tqdm(turns, "measuring", unit="turn", leave=False, disable=None if RANK == 0 else True):
-        if not fit:
-            release(built)
-        try:
-            turn(i)
-            continue
-        except RuntimeError as error:
-            if not machine.is_out_of_memory(error):
-                raise
-            if not built.keys() - {i} or WORLD_SIZE > 1:  # without the others it would not fit, or not in all
-                config = configs[i].chosen(device)
-                raise MemoryError(memory_advice(config, config.gpt, config.batch_size, WORLD_SIZE)) from error
-        fit = False
-        release(built)
-        turn(i)
+        while True:  # once more without the others, if it does not fit beside them
+            if not fit:
+                release(built)
+            try:
+                turn(i)
+                break
+            except RuntimeError as error:
+                if not machine.is_out_of_memory(error):
+                    raise
+                if not built.keys() - {i} or WORLD_SIZE > 1:  # nor would it without them, or not in all processes
+                    config = configs[i].chosen(device)
+                    raise MemoryError(memory_advice(config, config.gpt, config.batch_size, WORLD_SIZE)) from error
+            fit = False
     release(built)
     for config, figure in zip(configs, figures, strict=True):
         ms = statistics.median(ms for times in figure["rounds_ms"] for ms in times)

@@ -101,13 +101,12 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
     T, window_size = config.sequence_length, gpt_config.window_size
     if window_size is not None and window_size > T:
         raise ValueError(f"window_size={window_size} is more than sequence_length={T}")
-    if config.optimizer != "muon" and config.muon_learning_rate != recipe(config.recipe).muon_learning_rate:
-        raise ValueError(f"muon_learning_rate={config.muon_learning_rate} has no use with "
-                         f"--optimizer {config.optimizer}")
-    if not gpt_config.untie and config.embedding_learning_rate not in (
-            None, recipe(config.recipe).embedding_learning_rate):
-        raise ValueError(f"embedding_learning_rate={config.embedding_learning_rate} has no use without --untie: the "
-                         "embedding is the head too")
+    for name, has_use, where in (
+            ("muon_learning_rate", config.optimizer == "muon", f"with --optimizer {config.optimizer}"),
+            ("embedding_learning_rate", gpt_config.untie, "without --untie: the embedding is the head too")):
+        value = getattr(config, name)
+        if not has_use and value not in (None, getattr(recipe(config.recipe), name)):  # a recipe's own is left out
+            raise ValueError(f"{name}={value} has no use {where}")
     dtype = machine.matmul_dtype(device, config.dtype)
     *_, kernels = model.choose_kernels(T, device, dtype)
     if device.type == "cuda":  # else the memory that is predicted is that of a GPU

@@ -270,7 +270,7 @@ def test_a_refused_run_does_not_cost_the_finished_one(runs):
     assert (runs.path / "metrics.jsonl").read_bytes() == before
 
 
-def test_status_of_a_run_that_cannot_go_on(runs, monkeypatch, capsys):
+def test_status_of_a_run_that_cannot_go_on(runs, monkeypatch):
     """It has made the steps that it goes on from."""
     assert runs(save_every=2, stop_after=2) == 0
 

@@ -25,20 +25,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from small import (
-    BATCH_TOKENS,
-    VOCAB,
-    T,
-    assert_same_result,
-    losses,
-    make_data,
-    metrics,
-    status,
-    steps,
-    tensors,
-    tree,
-    wait_for,
-)
+from small import BATCH_TOKENS, VOCAB, T, assert_same_result, losses, make_data, metrics, status, steps, tree, wait_for
 
 import checkpoint
 import machine
@@ -1128,7 +1115,7 @@ def test_gpu_not_finite(runs, optimizer, monkeypatch, fresh_compiler):
     assert runs(**options) == 0
     assert len(metrics(runs.path)) == ON_GPU["max_steps"]
     assert all(math.isfinite(loss) for loss in losses(runs.path))
-    assert all(x.isfinite().all() for x in tensors(runs.path / "step-00000012").values())
+    assert all(x.isfinite().all() for x in small.tensors(runs.path / "step-00000012").values())
 
 
 @pytest.mark.gpu

@@ -129,8 +129,6 @@ def test_sigterm_where_everything_is_slow(place, wholes, where):
         counts.survived += 1
 
 
-
-
 @pytest.mark.parametrize("to", ["rank 0", pytest.param("rank 1", marks=LONG)])
 def test_sigterm_where_a_save_is_in_hand(place, wholes, to):
     """Step 4 is being written, which takes 1 s, when the signal comes in step 5; it ends with one of them."""
