@@ -139,6 +139,9 @@ def print_report(report: dict, groups: list[Group]):
         if axis == "flops" and all(size * report["at_equal"]["tokens"]["at"] == found["at"] for size in sizes):
             print("\nAt equal FLOPs: as at equal tokens, since all spend the same on each.")
             continue
+        if axis != "tokens" and not any(row["val_loss"] or row["diverged"] for row in found["groups"]):
+            print(f"\nAt equal {words}: by {show(found['at'], form)} no group had been evaluated in all its runs.")
+            continue
         print(f"\n### At equal {words}: {show(found['at'], form)}\n\n{results_table(found)}")
         if found["against"]:
             print(against_table(found))

@@ -153,6 +153,16 @@ def test_before_the_first_evaluation_there_is_no_loss(tmp_path, capsys):
     assert [row["mean"] for row in found["groups"]] == [4.0, None]
 
 
+def test_a_point_before_all_evaluations_is_one_line(tmp_path, capsys):
+    """Of runs on a shared GPU, each evaluated at its end alone, the fastest ends before any other has a loss."""
+    for seed, step_s in enumerate([0.1, 0.2]):
+        for rate in 0.5, 1.0:
+            write_run(tmp_path / f"{rate} {seed}", [5.0 + rate], step_s=step_s * rate, seed=seed, learning_rate=rate)
+    found = run_compare(capsys, tmp_path).out
+    assert "At equal training time: by 0.5 s no group had been evaluated in all its runs." in found
+    assert "### At equal tokens" in found and "no loss at this point" not in found
+
+
 def test_the_table_says_what_scipy_says(capsys, folder):
     from scipy import stats
 

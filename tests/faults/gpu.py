@@ -355,7 +355,7 @@ def save_cost(lab: Lab, place: Path, gpus: str) -> dict:
         found.append({"save_s": end - begin, "steps_beside": last - first, "costs_s": extra})
     whole = {name: clock["lines"][n_saves * every - 1 + every // 2][1] - clock["lines"][every // 2][1]
              for name, clock in clocks.items()}  # from before the first save to after the last that counts
-    return {"quiet_step_s": quiet, "saves": found, "wall_s": whole, "clocks": clocks}
+    return {"quiet_step_s": quiet, "saves": found, "wall_s": whole}
 
 
 TWO = {"n_layer": 2, "save_every": 10, "max_steps": 40, **DETERMINISTIC}  # beside others, which need the memory
