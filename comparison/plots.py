@@ -162,7 +162,7 @@ def plot_rates(groups: list[Group], name: str, tokens: float, path: Path):
     axes[1].yaxis.get_major_locator().set_params(integer=True)
     axes[1].set_ylim(-0.05 * (high := max(1.0, axes[1].get_ylim()[1])), high)
     axes[0].set(xscale="log", ylabel="validation loss, nats",
-                title=f"After {tokens / 1e6:.3g} million tokens: mean and range of the seeds (x: diverged)")
+                title=f"After {tokens:,.0f} tokens: mean and range of seeds (x: diverged)")
     axes[0].margins(0.1, 0.1 + 0.03 * len(lines))
     rates = sorted({run.settings[name] for line, _ in lines for run in line.runs} - {0})
     if len(rates) <= FEW:
