@@ -218,7 +218,7 @@ def outcome(run: Run) -> dict[str, str]:
 
 
 def changes(config: dict, later: dict) -> str:
-    """What of the settings, versions, processes and kernels of config.json a config-<step>.json has otherwise."""
+    """What a config-<step>.json has otherwise than config.json, of what is compared (CHANGING)."""
     words = []
     for part in CHANGING:
         old, new = (one.get(part) if isinstance(one.get(part), dict) else {part: one.get(part)}

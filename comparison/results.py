@@ -25,7 +25,7 @@ NEEDED = {  # of config.json
                  "init_from": str | None},
     "train_config": {"data": str, "val_tokens": int}, "versions": {"device": str}, "model_config": {},
 }
-CHANGING = ("settings", "versions", "processes", "kernels")  # of config.json, in a run that goes on
+CHANGING = ("settings", "versions", "processes", "kernels", "val_targets")  # of config.json, in a run that goes on
 COLUMNS = ("step", "tokens", "time_s", "loss", "lr", "grad_norm", "step_ms", "tokens_per_s", "mfu", "peak_mib",
            "val_loss", "bits_per_byte")
 

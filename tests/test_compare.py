@@ -500,6 +500,10 @@ def test_a_run_that_went_on_with_other_settings_is_named(capsys, folder):
     assert expected in run_compare(capsys, folder).out
     assert ("| went on, config-00000010.json | learning_rate 0.0006 -> 1.0, processes 1 -> 2, parts fused -> plain |"
             in run_compare(capsys, "--card", folder / "small0").out)
+    rewrite(later, kernels={"parts": "fused", "dtype": "bfloat16"}, processes=1, val_targets=32)  # --val_tokens
+    rewrite(folder / "small0", val_targets=64)
+    assert "went on with other settings and val_targets, see" in run_compare(capsys, folder).out
+    assert "1.0, val_targets 64 -> 32 |" in run_compare(capsys, "--card", folder / "small0").out
     for damaged in ({"settings": {"init_from": 5}, "kernels": [1], "versions": None}, {"settings": "x"}):
         later.write_text(json.dumps(damaged))
         assert "| went on, config-00000010.json | " in run_compare(capsys, "--card", folder / "small0").out
