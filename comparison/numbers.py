@@ -46,11 +46,15 @@ def compare_at(axis: str, groups: list[Group]) -> dict:
     rows = [summary(group, axis, x) for group in groups]
     losses = [list(row["val_loss"].values()) for row in rows]
     (noise, freedom), unequal = significance.noise_floor(losses), significance.unequal_spread(losses)
-    against = [tested(rows[i], row, noise if unequal is None else None)
-               for i, row in zip(opponents(groups), rows[1:], strict=True)]
+    pairs = [(rows[i], row) for i, row in zip(opponents(groups), rows[1:], strict=True)]
+    against = corrected([tested(a, b, noise if unequal is None else None) for a, b in pairs])
+    by_noise = significance.holm([
+        significance.p_by_noise(row["difference"], len(a["val_loss"]), len(b["val_loss"]), noise, freedom)
+        if row["p"] is not None and unequal is None else None for row, (a, b) in zip(against, pairs, strict=True)])
+    against = [row | {"p_by_noise_holm": p} for row, p in zip(against, by_noise, strict=True)]
     shown = {n: significance.smallest_difference(noise, n, n) for n in (3, 5, 10)}
     return {"at": x, "set_by": set_by(groups, x) if axis == "tokens" else [], "groups": rows,
-            "against": corrected(against), "noise": noise, "freedom": freedom, "unequal_spread": unequal,
+            "against": against, "noise": noise, "freedom": freedom, "unequal_spread": unequal,
             "noise_interval": significance.noise_interval(noise, freedom), "shown_by_seeds": shown}
 
 
@@ -120,9 +124,9 @@ def over_rates(groups: list[Group], name: str, tokens: float) -> list[dict]:
     """
     How the loss after these tokens depends on this learning rate, for runs that differ in nothing else, by the seeds
     that ran at all rates, at least three and none of them 0. A run that diverged has the loss of a guess, ln V; none
-    counts as higher. The first row's best rate is what those of the others are tested against.
+    counts as higher. What the others' best rates and usable ranges are tested against are the first row's.
     """
-    rows, best = [], []
+    rows, best, widths = [], [], []
     for line, at_rates in by_rate([run for group in groups for run in group.runs], name):
         rates, guess, curves = [group.runs[0].settings[name] for group in at_rates], line.runs[0].guess, {}
         for seed in sorted(set.intersection(*({run.seed for run in group.runs} for group in at_rates))):
@@ -134,18 +138,21 @@ def over_rates(groups: list[Group], name: str, tokens: float) -> list[dict]:
             continue
         losses = np.mean(list(curves.values()), axis=0)
         low, high = usable_rates(rates, losses)
-        ranges, i = [usable_rates(rates, curve) for curve in curves.values()], int(np.argmin(losses))
+        ranges, i = {seed: usable_rates(rates, curve) for seed, curve in curves.items()}, int(np.argmin(losses))
+        widths.append({seed: math.log10(to / start) for seed, (start, to) in ranges.items()})
         rows.append({
             "label": line.label, "seeds": len(curves), "rates": rates, "val_loss": list(map(float, losses)),
             "best_rate": rates[i], "low": low, "high": high,
-            "decades": [math.log10(to / start) for start, to in ranges],
+            "decades": list(widths[-1].values()),
             "sensitivity": [float(np.mean(curve) - min(curve)) for curve in curves.values()],
             "diverged": line.n_diverged, "runs": len(line.runs),
-            "spikes": sum(int(run.spikes.sum()) for run in line.runs), "best_against": None,
+            "spikes": sum(int(run.spikes.sum()) for run in line.runs), "best_against": None, "decades_against": None,
         })
         best.append({"label": line.label, "seeds": len(at_rates[i].runs), "diverged": at_rates[i].n_diverged,
                      "val_loss": {seed: curve[i] for seed, curve in curves.items()}})
-    tests = corrected([tested(best[0], row) for row in best[1:]])
-    for row, test in zip(rows[1:], tests, strict=True):
-        row["best_against"] = test
+    wider = [asdict(significance.compare(widths[0], width)) for width in widths[1:]]
+    tests = zip(corrected([tested(best[0], row) for row in best[1:]]), wider,
+                significance.holm([test["p"] for test in wider]), strict=True)
+    for row, (of_best, of_range, p) in zip(rows[1:], tests, strict=True):
+        row |= {"best_against": of_best, "decades_against": of_range | {"p_holm": p}}
     return rows

@@ -9,7 +9,7 @@ import numpy as np
 from comparison.groups import Group, as_dict, setting_words
 from comparison.numbers import USABLE
 from comparison.results import CHANGING, Run, finite_median, model_size
-from comparison.significance import MOST_SEEDS
+from comparison.significance import ALPHA, MOST_SEEDS
 from configs.variants import model_name
 from files import read_text
 
@@ -73,15 +73,18 @@ def difference(row: dict) -> str:
 def rates_table(name: str, rows: list[dict]) -> str:
     header = [name.replace("_", " "), "seeds", "rates", "best", "loss there", "usable", "decades", "sensitivity",
               "diverged", "loss spikes"]
-    header += [f"at its best against `{rows[0]['label']}` at its best", "p (Welch, Holm)"] * (len(rows) > 1)
+    first = rows[0]["label"]
+    header += [f"at its best against `{first}` at its best", "p (Welch, Holm)", f"decades more than `{first}`",
+               "p (Welch, Holm)"] * (len(rows) > 1)
     cells = []
     for row in rows:
-        test = row["best_against"]
+        tests = [test for test in (row["best_against"], row["decades_against"]) if test]
         cells.append([
             f"`{row['label']}`", row["seeds"], f"{len(row['rates'])}, {row['rates'][0]:g} to {row['rates'][-1]:g}",
             f"{row['best_rate']:g}", show(min(row["val_loss"])), ends(row), mean_and_range(row["decades"], "{:.2f}"),
             mean_and_range(row["sensitivity"], "{:.3f}"), f"{row['diverged']} of {row['runs']}", row["spikes"],
-            *([difference(test), show(test["p_holm"], "{:.2g}")] if test else ["-", "-"] * (len(rows) > 1))])
+            *(cell for test in tests for cell in (difference(test), show(test["p_holm"], "{:.2g}"))),
+            *["-"] * (4 * (len(rows) > 1) - 2 * len(tests))])
     return table(header, cells)
 
 
@@ -119,6 +122,10 @@ def below(found: dict) -> Iterable[str]:
     for row in found["against"]:
         if row["why_not"]:
             yield f"No p-value for `{row['label']}`: {row['why_not']}."
+    for row in found["against"]:
+        if row["verdict"] in ("better", "worse") and (row["p_by_noise_holm"] or 0) >= ALPHA:
+            yield (f"`{row['label']}`: {row['verdict']} by Welch's test, but not shown by the noise floor "
+                   f"(p = {row['p_by_noise_holm']:.2g}, Holm): seeds agree better in these two groups than in others.")
     if n_tests := sum(row["p"] is not None for row in found["against"]):
         yield (f"Comparisons: {n_tests}; the verdict goes by Holm's correction of Welch's test for that number. To "
                "show is to find it at p < 0.05 in 80 of 100 cases; smallest to show and seeds for this difference go "

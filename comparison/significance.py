@@ -87,6 +87,13 @@ def noise_floor(groups: list[list[float]]) -> tuple[float, int]:
     return (math.sqrt(squares / freedom), freedom) if freedom else (math.nan, 0)
 
 
+def p_by_noise(difference: float, n_a: int, n_b: int, noise: float, freedom: int) -> float:
+    """p of that difference of n_a and n_b seeds by Student's test with the noise floor, for its degrees of freedom."""
+    from scipy import stats
+
+    return float(2 * stats.t.sf(abs(difference) / (noise * math.sqrt(1 / n_a + 1 / n_b)), freedom))
+
+
 def unequal_spread(groups: list[list[float]]) -> float | None:
     """
     p of Bartlett's test that the groups have one standard deviation, if it is below UNEQUAL: then no noise floor holds

@@ -153,6 +153,20 @@ def test_before_the_first_evaluation_there_is_no_loss(tmp_path, capsys):
     assert [row["mean"] for row in found["groups"]] == [4.0, None]
 
 
+def test_seeds_that_agree_by_chance_are_named(tmp_path, capsys):
+    """Welch's test of two seeds each sees two groups that agree within 0.008, where others spread over 0.08."""
+    means = {0.001: 4.0, 0.002: 3.93, 0.003: 4.02, 0.004: 3.3}
+    for rate, half in zip(means, (0.004, 0.003, 0.04, 0.01), strict=True):
+        for seed, loss in enumerate((means[rate] - half, means[rate] + half)):
+            write_run(tmp_path / f"{rate} {seed}", [5.0, loss], seed=seed, learning_rate=rate)
+    rows = {row["label"]: row for row in numbers(capsys, tmp_path)["at_equal"]["tokens"]["against"]}
+    assert [rows[f"learning_rate={rate}"]["verdict"] for rate in (0.002, 0.003, 0.004)] == [
+        "better", "not shown", "better"]
+    found = run_compare(capsys, tmp_path).out.split("### At equal training")[0]
+    assert "`learning_rate=0.002`: better by Welch's test, but not shown by the noise floor (p = 0.1" in found
+    assert found.count("by Welch's test, but") == 1
+
+
 def test_a_point_before_all_evaluations_is_one_line(tmp_path, capsys):
     """Of runs on a shared GPU, each evaluated at its end alone, the fastest ends before any other has a loss."""
     for seed, step_s in enumerate([0.1, 0.2]):
@@ -675,9 +689,28 @@ def test_lines_at_their_best_rates(capsys, tmp_path):
     assert numbers(capsys, tmp_path)["rates"]["learning_rate"][2]["best_against"]["p"] is None
 
 
+def test_wider_ranges_of_rates(capsys, tmp_path):
+    """Two decades about the best one, on each of which the loss leaves the usable range at a place of each seed's."""
+    from scipy import stats
+
+    slopes = {"small": [1.0, 0.9, 0.8], "wide": [0.4, 0.3, 0.32]}  # nats a decade
+    write_sweep(tmp_path, [(model, rate, [4 + decade * slope for slope in slopes[name]])
+                           for name, model in (("small", SMALL), ("wide", WIDE))
+                           for rate, decade in ((1e-4, 1), (1e-3, 0), (1e-2, 1))])
+    small, wide = numbers(capsys, tmp_path)["rates"]["learning_rate"]
+    widths = [[2 * 0.1 / slope for slope in slopes[name]] for name in ("small", "wide")]
+    assert [small["decades"], wide["decades"]] == [pytest.approx(width) for width in widths]
+    test, expected = wide["decades_against"], stats.ttest_ind(widths[1], widths[0], equal_var=False)
+    assert small["decades_against"] is None and test["p"] == test["p_holm"] == pytest.approx(expected.pvalue)
+    assert test["difference"] == pytest.approx(np.mean(widths[1]) - np.mean(widths[0])) and test["difference"] > 0
+    out = run_compare(capsys, tmp_path).out
+    assert f"decades more than `{small['label']}` | p (Welch, Holm) |" in out
+    assert f" | {test['difference']:+.4f} ({test['low']:+.4f} to {test['high']:+.4f}) | {test['p']:.2g} |" in out
+
+
 def test_a_single_seed_at_the_best_rates_has_dashes(capsys, tmp_path):
     write_sweep(tmp_path, [(model, rate, [4 - rate]) for model in (SMALL, WIDE) for rate in (1e-4, 1e-3, 1e-2)])
-    assert "| 0 | +0.0000 | - |\n" in run_compare(capsys, tmp_path).out
+    assert "| 0 | +0.0000 | - | +0.0000 | - |\n" in run_compare(capsys, tmp_path).out
 
 
 def test_a_run_without_a_loss_at_the_point_is_no_guess(tmp_path):

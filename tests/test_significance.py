@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from comparison import significance
-from comparison.significance import compare, holm, noise_floor, seeds_needed, smallest_difference
+from comparison.significance import compare, holm, noise_floor, p_by_noise, seeds_needed, smallest_difference
 
 
 def by_seed(values) -> dict:
@@ -129,6 +129,12 @@ def test_noise_interval_has_the_noise_in_95_of_100_cases(freedom):
     low, high = np.transpose([significance.noise_interval(noise, freedom) for noise in spread])
     assert np.mean(low > 0.02) == pytest.approx(0.025, abs=0.008)
     assert np.mean(high < 0.02) == pytest.approx(0.025, abs=0.008)
+
+
+def test_p_by_the_noise_floor_of_two_groups_is_students():
+    a, b = [4.0, 4.1, 4.3], [4.2, 4.6]
+    expected = stats.ttest_ind(a, b, equal_var=True).pvalue
+    assert p_by_noise(np.mean(b) - np.mean(a), 3, 2, *noise_floor([a, b])) == pytest.approx(expected, rel=1e-12)
 
 
 def test_noise_floor_pools_variances_by_degrees_of_freedom():
