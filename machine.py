@@ -13,10 +13,11 @@ from files import read_text
 
 # Dense bf16 FLOP/s with float32 accumulation, from the vendors' data sheets; the longest name that fits counts.
 PEAK_BF16_FLOPS = {
-    "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H100": 989.4e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-    "H800": 989.4e12, "H20": 148e12, "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A10G": 70e12, "A10": 125e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX A6000": 154.8e12, "RTX 6000 Ada": 364.2e12,
-    "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12, "RTX 3080": 59.5e12,
+    "B200": 2250e12, "GH200": 989.4e12, "H200": 989.4e12, "H200 NVL": 835.5e12, "H100": 989.4e12, "H100 NVL": 835e12,
+    "H100 PCIe": 756e12, "H800": 989.4e12, "H800 PCIe": 756e12, "H20": 148e12, "A100": 312e12, "A800": 312e12,
+    "A40": 149.7e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX A6000": 154.8e12,
+    "RTX 6000 Ada": 364.2e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 4080": 97.5e12, "RTX 3090": 71e12,
+    "RTX 3080": 59.5e12,
 }
 
 
@@ -80,7 +81,7 @@ def device_name(device: torch.device) -> str:
 def peak_flops(name: str) -> float | None:
     """Peak dense bf16 FLOP/s of the device with this name; None if it is not in the table, or a slice or a relative."""
     known = [key for key in PEAK_BF16_FLOPS if re.search(rf"\b{key}\b", name)]
-    other = re.search(r"\b(MIG|Laptop|Max-Q|Ti|SUPER)\b", name)
+    other = re.search(r"\b(MIG|Laptop|Max-Q|Ti|SUPER|D)\b", name)
     return PEAK_BF16_FLOPS[max(known, key=len)] if known and not other else None
 
 

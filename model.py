@@ -5,8 +5,8 @@ Shapes: B batch, T tokens in a sequence, C = n_embd, H = n_head, D = C / H, V = 
 
 To try a new attention: add a field to GPTConfig, a subclass of CausalSelfAttention with its own `attend`,
 a line in `attention_class`, and a line in configs/variants.py. README, "How to edit", says what the tests make of it.
-The kernels that compute attention are in kernels/attention.py. On CUDA in bfloat16 kernels/fused.py computes what PLAIN
-names: a change to one of those functions needs `--kernels plain`.
+The kernels that compute attention are in kernels/attention.py. On CUDA in bfloat16 kernels/fused.py computes the parts
+that are named so below: a change to one of those functions needs `--kernels plain`.
 
 GPT-2: Radford et al. 2019. Rotary embedding: arXiv 2104.09864. RMSNorm: arXiv 1910.07467.
 """
@@ -148,15 +148,15 @@ def rotary_tables(T: int, head_dim: int, device: torch.device):
     return rotary_angles(torch.arange(T, device=device), head_dim)
 
 
+# -----------------------------------------------------------------------------
+# parts that kernels/fused.py computes too: on CUDA in bfloat16 an edit here needs --kernels plain
+
+
 def apply_rotary(x, cos, sin):
     """Turns the pairs (x1[i], x2[i]), the two halves of each head, by their position's angle. x: (B, T, H, D)."""
     x1, x2 = x.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, D / 2), over all heads
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
-
-
-# -----------------------------------------------------------------------------
-# parts that kernels/fused.py computes too: on CUDA in bfloat16 an edit here needs --kernels plain
 
 
 def rotate(qkv, cos, sin, qk_norm):
@@ -242,6 +242,9 @@ class SlidingWindowAttention(CausalSelfAttention):
 
     def attend(self, q, k, v):
         return WINDOW_ATTENTION[self.backend](q, k, v, self.window_size, self.attention_scale, **self.tables)
+
+
+OWN_ATTENTION = CausalSelfAttention.attend, SlidingWindowAttention.attend  # whose kernels, and whose cache, are known
 
 
 class MLP(nn.Module):
@@ -359,9 +362,9 @@ class GPT(nn.Module):
         """
         self.embed, self.norm, self.output = (
             compile_static(part, **options) for part in (self.embed, self.norm, self.output))
-        forward = functools.cache(lambda kind: compile_static(Block.forward, **options))
+        compiled = functools.cache(lambda kind, forward: compile_static(forward, **options))
         for block in self.transformer.h:
-            block.forward = functools.partial(forward(block.kind()), block)
+            block.forward = functools.partial(compiled(block.kind(), type(block).forward), block)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Of the residual stream and the products; autocast alone would keep the stream in float32."""

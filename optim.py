@@ -51,9 +51,9 @@ def filled(groups: list[dict]) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-class Muon(torch.optim.Muon):
+class Muon(torch.optim.Optimizer):
     """
-    torch.optim.Muon with its defaults (Nesterov momentum 0.95, five steps of Newton and Schulz, updates times
+    What torch.optim.Muon computes by default (Nesterov momentum 0.95, five steps of Newton and Schulz, updates times
     sqrt(max(1, rows / columns))), with all matrices of one shape as one batch. A group's `parts` is the number of
     matrices in each of its weights, one below the other: q, k and v are three, whose updates are to be of one size. Of
     several processes each makes its share of the updates and gets the others'. `found_inf`, a float32 on the device,
@@ -61,7 +61,7 @@ class Muon(torch.optim.Muon):
     """
 
     def __init__(self, groups: list[dict], lr: float, weight_decay: float, compiled: bool = False):
-        super().__init__(groups, lr=lr, weight_decay=weight_decay)
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
         self.found_inf = torch.zeros((), device=groups[0]["params"][0].device)
         self.follow, self.orthogonal, self.move = (
             compile_static(f) if compiled else f for f in (follow, orthogonal, move))

@@ -7,7 +7,8 @@ Such a run ends with exit code 6 and keeps the weights of that step. The step is
 without torch.compile, and by plain kernels (model.py as it stands, attention by its definition), each of these alone
 and one sequence at a time.
 
-Exit codes: 0 done, 2 bad option, or other data than the run had, 4 damaged weights, 7 missing, empty or invalid data.
+Exit codes: 0 done, 2 bad option, or other data than the run had, 4 damaged weights, 5 data that cannot be
+prepared, 7 missing, empty or invalid data, 130 Ctrl-C.
 """
 
 import sys
@@ -27,7 +28,7 @@ from data.loader import open_data, train_order
 from finite import find, first_not_finite, some
 from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
-from rundir import BAD_OPTION, DONE, BadOption, NoValidCheckpoint, directory_of
+from rundir import BAD_OPTION, DONE, INTERRUPTED, BadOption, CannotWrite, NoValidCheckpoint, directory_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class PlainGPT(GPT):
 
 WAYS = {  # name: (class of the model, options that differ)
     "as it was": (GPT, {}),
-    "in float32": (GPT, {"dtype": "float32", "kernels": None, "recompute_gelu": False}),
+    "in float32": (GPT, {"dtype": "float32", "kernels": None, "recompute_gelu": False, "window_backend": None}),
     "without torch.compile": (GPT, {"compile": "off"}),
     "by plain kernels": (PlainGPT, {"kernels": "plain", "recompute_gelu": False, "window_backend": None}),
 }
@@ -91,6 +92,8 @@ def replay(config: ReplayConfig) -> list[str]:
         run_config = restored(TrainConfig, state["train_config"])
         gpt_config = restored(GPTConfig, state["model_config"])
         fingerprint, step, batch_size = state["settings"]["data"], int(state["step"]), int(state["batch_size"])
+    if run_config.deterministic:
+        machine.make_deterministic()
     dataset, windows, _ = open_data(run_config.data, run_config.sequence_length, gpt_config.vocab_size,
                                     run_config.verify_data)
     if dataset.fingerprint != fingerprint:
@@ -121,9 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         sound = replay(tyro.cli(ReplayConfig, args=arguments, description=__doc__.strip(),
                                 config=(tyro.conf.OmitArgPrefixes,), use_underscores=True))
-    except (ValueError, NoValidCheckpoint, SlowPath) as error:
+    except (ValueError, NoValidCheckpoint, CannotWrite, SlowPath) as error:
         print(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", BAD_OPTION)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     if not sound:
         print("nothing removes it: the weights or the tokens themselves")
     elif len(sound) == len(WAYS):

@@ -130,7 +130,7 @@ class RunDir:
             if step == 0:
                 write_json(self.path / "config.json", config)  # without the kernels, which are not known yet
             source = self.path / (f"source-{step:08d}.diff" if step else "source.diff")
-            source.write_bytes(source_diff())
+            source.write_bytes(source_diff(self.path.parent))
             fsync(source)
             (self.path / "status.json").unlink(missing_ok=True)  # of the end before this one
         self.begun, self.step = True, step
@@ -241,9 +241,10 @@ def parse_object(text: str) -> dict:
 
 
 def is_row(row: dict, step: int) -> bool:
-    """Whether this is the line of this update, with a time that later ones can be added to, or with none."""
+    """Whether this is the line of this update, with time and tokens that later ones can be added to, or with none."""
     time_s = row.get("time_s", 0.0)
-    return row.get("step") == step and isinstance(time_s, float) and 0 <= time_s < math.inf
+    return (row.get("step") == step and isinstance(time_s, float) and 0 <= time_s < math.inf
+            and isinstance(row.get("tokens", 0), int))
 
 
 def progress(row: dict) -> str:
@@ -254,12 +255,14 @@ def progress(row: dict) -> str:
             f"{row['tokens_per_s']:,.0f} tokens/s, {mfu}{memory}")
 
 
-def source_diff() -> bytes:
+def source_diff(out_dir: Path) -> bytes:
     """
     The git commit of the code, then what `git apply` makes the code from it with: what differs, and the files up to
-    1 MiB that are neither tracked nor ignored; larger ones are named. Nothing if it is no git checkout. Raises OSError.
+    1 MiB that are neither tracked nor ignored, nor in out_dir, where runs lie; larger ones are named. Nothing if it is
+    no git checkout. Raises OSError.
     """
-    root, commit = Path(__file__).parent, git("rev-parse", "HEAD")
+    root, out_dir, commit = Path(__file__).resolve().parent, out_dir.resolve(), git("rev-parse", "HEAD")
+    of_runs = out_dir if root in out_dir.parents else None
     if not commit:
         return b""
     with tempfile.TemporaryDirectory() as beside:  # an index of its own, in which the untracked files are announced
@@ -267,7 +270,7 @@ def source_diff() -> bytes:
         git("read-tree", "HEAD", **index)
         git("update-index", "-q", "--refresh", **index)
         names = git("ls-files", "--others", "--exclude-standard", "--exclude=source*.diff", "-z", **index)
-        names = names.split(b"\0")[:-1]
+        names = [name for name in names.split(b"\0")[:-1] if of_runs not in (root / os.fsdecode(name)).parents]
         small = [name for name in names if (path := root / os.fsdecode(name)).is_file()
                  and path.lstat().st_size <= 2**20]
         if left := [os.fsdecode(name) for name in names if name not in small]:

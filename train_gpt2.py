@@ -46,8 +46,7 @@ from data.tokenizer import token_bytes
 from eval import evaluate
 from kernels.attention import KERNEL_NAMES
 from kernels.compiling import SlowPath, compiles
-from kernels.kv_cache import OWN_ATTENTION
-from model import GPT, GPTConfig
+from model import GPT, OWN_ATTENTION, GPTConfig
 from optim import make_optimizers, rehearse_update, set_learning_rate, update
 
 RANK, WORLD_SIZE = processes.rank_and_world_size()
@@ -111,7 +110,7 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
     *_, kernels = model.choose_kernels(T, device, dtype)
     if device.type == "cuda":  # else the memory that is predicted is that of a GPU
         config = replace(config, kernels=kernels)
-        hint = " (an edit of rotate, mlp or cross_entropy in model.py needs --kernels plain)"
+        hint = " (an edit of apply_rotary, rotate, mlp, softcap or cross_entropy in model.py needs --kernels plain)"
         print0(f"kernels: {kernels}" + hint * (kernels == "fused"))
 
     changeable = ("data", "init_weights", *result_settings(config, gpt_config))
@@ -188,6 +187,8 @@ def find_start(config: TrainConfig, settings: dict, run: rundir.RunDir) -> int:
     if newest is None and not finished:
         print0(f"{run.path} was begun before and has no checkpoint: starting again at step 0")
         return 0
+    if newest is None and earlier["max_steps"] != config.max_steps:
+        raise rundir.BadOption(f"{run.path} is finished and has no checkpoint to go on from: choose another --run_name")
     return begun["step"] if newest else config.max_steps
 
 
@@ -289,8 +290,9 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     text_bytes = torch.from_numpy(token_bytes()) if dataset.tokenizer == "gpt2" else None
     n_val = min(config.val_tokens // T, len(val_windows))
     n_val_total = len(val_windows) * T
-    print0(f"validation: the first {n_val * T:,} of {n_val_total:,} targets of {dataset.directory}"
-           + (f" (val_tokens={config.val_tokens:,} is more than there are)" if config.val_tokens > n_val_total else ""))
+    if config.val_every:
+        too_many = f" (val_tokens={config.val_tokens:,} is more than there are)" * (config.val_tokens > n_val_total)
+        print0(f"validation: the first {n_val * T:,} of {n_val_total:,} targets of {dataset.directory}{too_many}")
 
     # --- one rehearsal, thrown away: it compiles, and shows which attention kernels really run ---
     window_backend, sdpa, kernels = model.choose_kernels(T, device, dtype)
@@ -335,6 +337,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         return found
 
     time_s = run.open_metrics(start) if RANK == 0 else 0.0
+    tokens_before = run.last_row.get("tokens", start * config.total_batch_tokens)
     if start and evaluation_due(start) and others.anywhere(RANK == 0 and "val_loss" not in run.last_row):
         found = evaluation(start)
         if not found:
@@ -369,8 +372,9 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         step_s, clock = now - clock, now
         times.append(step_s)
         time_s += step_s
+        tokens = tokens_before + (step - start) * config.total_batch_tokens
         return {
-            "step": step, "tokens": step * config.total_batch_tokens, "time_s": time_s, "loss": loss, "lr": lr,
+            "step": step, "tokens": tokens, "time_s": time_s, "loss": loss, "lr": lr,
             "grad_norm": grad_norm, "step_ms": step_s * 1000, "tokens_per_s": config.total_batch_tokens / step_s,
             "mfu": flops_per_update / step_s / (peak_flops * WORLD_SIZE) if peak_flops else None,
             "peak_mib": machine.peak_mib(device),
@@ -463,10 +467,8 @@ def main(arguments: list[str] | None = None) -> int:
         if config.deterministic:
             machine.make_deterministic()
         run = rundir.RunDir(Path(config.out_dir) / run_name(config, model_name(gpt_config)))
-        if WORLD_SIZE == 1 and not options.dry_run:  # several processes end together, in `train`
-            rundir.check_writable(run.path)
         config, batch_size, accumulation = plan(config, gpt_config, device)
-    except (ValueError, rundir.CannotWrite) as error:
+    except ValueError as error:
         print0(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", rundir.BAD_OPTION)
     print0(f"run: {run.path} on {WORLD_SIZE} x {machine.device_name(device)}")

@@ -145,12 +145,12 @@ def group_runs(runs: list[Run], ignore: tuple[str, ...] = ("seed",)) -> list[Gro
         key = {name: value for name, value in run.settings.items() if name not in ignore}
         members.setdefault(json.dumps(key, sort_keys=True), []).append(run)
     firsts = [group[0] for group in members.values()]
-    differing = [name for name in firsts[0].settings if name in (*RESULT_FIELDS, "folder") and name not in ignore
-                 and any(run.settings[name] != firsts[0].settings[name] for run in firsts)]
+    differing = [name for name in (*RESULT_FIELDS, "changed", "folder") if name not in ignore
+                 and any(run.settings.get(name) != firsts[0].settings.get(name) for run in firsts)]
     models = {model_name(run.gpt_config) for run in firsts}
 
     def words(run: Run, names: list[str]) -> list[str]:
-        return [f"{name}={setting_words(name, run.settings[name])}" for name in names]
+        return [f"{name}={setting_words(name, run.settings.get(name))}" for name in names]
 
     def label(run: Run, names: list[str]) -> str:
         return "-".join([model_name(run.gpt_config)] * (len(models) > 1 or not names) + words(run, names))

@@ -57,12 +57,19 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        """What the result depends on, apart from seed and data; what an older version did not have is as by default."""
+        """
+        What the result depends on, apart from seed and data, and `changed`, what a run that went on changed of it; what
+        an older version did not have is as by default.
+        """
         begun = self.config["settings"]
         names = [name for name in RESULT_FIELDS if name not in ("recipe", "data", "seed")]
         found = {name: begun.get(name, getattr(TrainConfig, name)) for name in names} | asdict(self.gpt_config)
         if "init_weights" in begun:  # other weights may have come to lie under the same name
             found["init_from"] = f"{found['init_from']} {str(begun['init_weights'])[:8]}"
+        changed = {name: value for later in self.later.values() if isinstance(later.get("settings"), dict)
+                   for name, value in later["settings"].items() if value != begun.get(name, found.get(name, value))}
+        if changed:
+            found["changed"] = ", ".join(f"{name}={value}" for name, value in changed.items())
         return found | ({"folder": self.folder} if self.folder else {})
 
     @property
@@ -169,8 +176,9 @@ def spikes(loss: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of rows that are nan throughout
         noise = MAD_TO_STD * np.nanmedian(abs(np.diff(before)), axis=1) / math.sqrt(2)
         above = loss > np.nanmedian(before, axis=1) + SPIKE_DEVIATIONS * noise
-    above[:SPIKE_START] = False
-    return above & ~np.roll(above, 1)
+    begins = above & ~np.roll(above, 1)
+    begins[:SPIKE_START] = False
+    return begins
 
 
 # -----------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class TrainConfig:
     max_steps: int = 300
     """optimizer steps of the whole schedule"""
     stop_after: int | None = None
-    """leave early, after this step; the schedule does not change and the same line continues"""
+    """leave early, after this step; the schedule does not change, and the same line without it continues"""
 
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"

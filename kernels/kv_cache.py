@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from kernels.compiling import compile_static
-from model import GPT, PLAIN, CausalSelfAttention, SlidingWindowAttention, rotary_angles
+from model import GPT, OWN_ATTENTION, PLAIN, rotary_angles
 
-OWN_ATTENTION = CausalSelfAttention.attend, SlidingWindowAttention.attend  # model.py's: what LayerCache.attend computes
 CHUNK_TOKENS = 256  # of a prompt at a time: what bounds the memory of the scores
 
 

@@ -7,8 +7,8 @@ import torch
 
 from configs.recipes import RECIPES
 from configs.variants import VARIANTS
-from kernels.kv_cache import OWN_ATTENTION, KVCache, Recompute
-from model import GPT, CausalSelfAttention, attention_class
+from kernels.kv_cache import KVCache, Recompute
+from model import GPT, OWN_ATTENTION, CausalSelfAttention, attention_class
 
 BODY = {"n_layer": 4, "n_head": 2, "n_embd": 64, "vocab_size": 512}
 SMALL = {}  # each distinct set of flags once, windows of 256 tokens and more as 7, on a small body

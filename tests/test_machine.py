@@ -18,6 +18,8 @@ CPU = torch.device("cpu")
     ("NVIDIA H100 PCIe", 756),
     ("NVIDIA H100 NVL", 835),
     ("NVIDIA H200", 989.4),
+    ("NVIDIA H200 NVL", 835.5),
+    ("NVIDIA H800 PCIe", 756),
     ("NVIDIA H20", 148),
     ("NVIDIA B200", 2250),
     ("NVIDIA A100-SXM4-80GB", 312),
@@ -37,7 +39,7 @@ def test_peak_flops(name, tflops):
 
 
 @pytest.mark.parametrize("name", [
-    "CPU", "", "Tesla T4", "NVIDIA GeForce GTX 1080 Ti", "AMD Instinct MI300X",
+    "CPU", "", "Tesla T4", "NVIDIA GeForce GTX 1080 Ti", "NVIDIA GeForce RTX 4090 D", "AMD Instinct MI300X",
     "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
     "NVIDIA RTX A4000", "NVIDIA RTX A1000", "Quadro RTX 4000",  # A40, A100 and L4 are not their names
 ])

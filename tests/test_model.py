@@ -305,6 +305,19 @@ def test_compile_equals_eager():
     assert_close(compiled_gradients, gradients, 1e-5)
 
 
+def test_a_block_of_another_class_is_compiled_as_it_is(monkeypatch):
+    class Parallel(model_file.Block):
+        def forward(self, x, *rotary):
+            return super().forward(x, *rotary) + self.mlp(x)
+
+    idx, targets = tokens(2, 23)
+    gpt = make(replace(variant("tiny"), vocab_size=512), scale=4)
+    gpt.transformer.h[1].__class__ = Parallel
+    loss = gpt(idx, targets)[1]
+    gpt.compile(backend="eager")
+    assert gpt(idx, targets)[1].item() == pytest.approx(loss.item(), rel=1e-6)
+
+
 def test_blocks_that_differ_are_compiled_apart(monkeypatch, fresh_compiler):
     """An edit may give each layer a number of its own; two of the three here are alike."""
     class Scaled(model_file.CausalSelfAttention):

@@ -15,6 +15,7 @@ import finite
 import replay
 import train_gpt2
 from model import GPT, GPTConfig
+from rundir import CannotWrite
 
 runs = small.runs
 
@@ -244,3 +245,23 @@ def test_replay_of_another_version(runs, gelu, capsys, change):
     assert call(replay.main, ["--run", str(runs.path), "--device", "cpu"]) == 4
     err = capsys.readouterr().err
     assert err.startswith("error: ") and "state.json was written by another version" in err and err.count("\n") == 1
+
+
+def test_a_deterministic_run_is_replayed_as_one(runs, gelu, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train_gpt2.machine, "make_deterministic", lambda: calls.append(1))
+    gelu.from_call = 6
+    assert runs(**BAD, deterministic=True) == 6 and len(calls) == 1
+    assert replay.main(["--run", str(runs.path)]) == 0 and len(calls) == 2
+
+
+def test_ends_that_are_no_answer(runs, gelu, monkeypatch, capsys):
+    not_finite(runs, gelu)
+    capsys.readouterr()
+    for error, code, said in (CannotWrite("data/shakespeare cannot be written"), 5, "error: data/shakespeare cannot be"
+                              " written\n"), (KeyboardInterrupt(), 130, ""):
+        def open_data(*arguments, error=error):
+            raise error
+
+        monkeypatch.setattr(replay, "open_data", open_data)
+        assert replay.main(["--run", str(runs.path)]) == code and capsys.readouterr().err == said

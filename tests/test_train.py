@@ -279,15 +279,20 @@ def test_source_diff_restores_the_code(inside, tmp_path, monkeypatch):
     for name, n_bytes in ("ignored", 10), ("large.bin", 2**20 + 1), ("source-00000002.diff", 10):
         (code / name).write_bytes(os.urandom(n_bytes))
     git("init", "-q", "nested", cwd=code)
+    (code / "experiments" / "run").mkdir(parents=True)
+    (code / "experiments" / "run" / "config.json").write_text("{}")  # of an earlier run, which is no code
 
     monkeypatch.setattr(rundir, "__file__", str(code / "rundir.py"))
-    source = rundir.source_diff()
+    source = rundir.source_diff(code / "experiments")
     assert source.startswith(git("rev-parse", "HEAD") + b"# 2 untracked, not below: ['large.bin', 'nested/']\n")
     assert (repository / ".git" / "index").read_bytes() == index
     assert {path.name for path in tmp_path.iterdir()} == {"repository", "clean"}
     (tmp_path / "source.diff").write_bytes(source)
     git("apply", str(tmp_path / "source.diff"), cwd=clean)
     assert files(clean) == expected
+    for out_dir in (code, code / "deep", tmp_path, tmp_path / "elsewhere"):
+        assert (b"b/" + os.fsencode(code.relative_to(repository) / "model.py") in rundir.source_diff(out_dir))
+        assert (b"deep/er/x.py" in rundir.source_diff(out_dir)) == (out_dir != code / "deep")
 
 
 def test_log_writes_json_whatever_the_numbers_are(tmp_path):

@@ -91,6 +91,21 @@ def test_another_setting(runs, capsys, monkeypatch, name):
         counts.control(runs(**options) == 0)  # goes on with whatever it is given
 
 
+def test_tokens_are_those_that_were_read(runs):
+    """128 in each of the two steps before, 256 in each of those after."""
+    assert runs(**OLD, stop_after=4, total_batch_tokens=256, allow_change="total_batch_tokens") == 0
+    assert [row["tokens"] for row in metrics(runs.path)] == [128, 256, 512, 768]
+
+
+def test_a_finished_run_without_checkpoints_cannot_become_longer(runs, capsys):
+    options = {"run_name": "short", "save_every": 0}
+    assert runs(**options, max_steps=2) == 0
+    before = small.tree(runs.out_dir / "short")
+    assert runs(**options, max_steps=4, allow_change="max_steps") == 2
+    assert "is finished and has no checkpoint to go on from: choose another --run_name\n" in capsys.readouterr().err
+    assert small.tree(runs.out_dir / "short") == before
+
+
 # -----------------------------------------------------------------------------
 # data
 

@@ -26,7 +26,7 @@ import train_gpt2  # noqa: E402
 from tests.faults import naive, ranks, shim  # noqa: E402
 
 train_gpt2.parse_options(["--device", "cpu"])  # fills tyro's caches, a third of a trial
-ENVIRONMENT, SOURCE = machine.environment(torch.device("cpu")), rundir.source_diff()
+ENVIRONMENT, SOURCE = machine.environment(torch.device("cpu")), rundir.source_diff(Path("runs"))
 
 SCALE = int(os.environ.get("FAULTS_SCALE", 1))  # how many times as many random faults
 SECONDS = 60 if SCALE == 1 else 600  # a trial that hangs is a failed one
@@ -39,7 +39,7 @@ def save_time():
     """In a child: what is half of a trial and changes no file of the run: packages' versions, git, torch's profiler."""
     machine.environment = lambda device: ENVIRONMENT
     machine.attention_kernels = lambda rehearse, device: rehearse() or "not looked at"
-    rundir.source_diff = lambda: SOURCE
+    rundir.source_diff = lambda out_dir: SOURCE
 
 
 def main(options: list[str], out: Path, fault: str, arguments: tuple, control: str | bool, also: dict):
