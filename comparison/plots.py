@@ -114,7 +114,8 @@ def plot_difference(groups: list[Group], axis: str, panel):
     low, high = np.min(late := np.concatenate(late), initial=0), np.max(late, initial=0)
     if low < high:
         panel.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-    panel.set(ylabel=f"difference from\n{fill(groups[0].label, 40)}")
+    first = groups[0].label if len(groups[0].label) <= 40 else "the first of the legend"
+    panel.set(ylabel=f"difference from\n{first}")
 
 
 def plot_stability(groups: list[Group], path: Path):
