@@ -101,7 +101,8 @@ def evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes
     """
     sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
     batches = val_batches(windows, n_windows, batch_size, others.rank, others.world_size)
-    for _ in range(0, n_windows, batch_size * others.world_size):
+    for _ in tqdm(range(0, n_windows, batch_size * others.world_size), "validation", unit="batch", delay=1, leave=False,
+                  disable=others.rank != 0):
         if interrupted():
             return {}
         for inputs, targets in islice(batches, 1):  # none, where another process has the last one
@@ -132,13 +133,7 @@ def validation(config: EvalConfig, run: Run, model, autocast, device, others) ->
     n_windows = wanted // T
     batch_size = min(config.batch_size, n_windows)
     text_bytes = torch.from_numpy(token_bytes()) if dataset.tokenizer == "gpt2" else None
-    n_batches = -(-n_windows // (batch_size * others.world_size))
-    with tqdm(None, "validation", n_batches, unit="batch", delay=1, leave=False, disable=others.rank != 0) as bar:
-        def interrupted() -> bool:
-            bar.update()
-            return False
-
-        found = evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes, others, interrupted)
+    found = evaluate(model, windows, n_windows, batch_size, autocast, device, text_bytes, others, lambda: False)
     if not math.isfinite(found["val_loss"]):
         raise NotFinite(f"val_loss is {found['val_loss']}")
     found |= {"val_tokens": n_windows * T, "sequence_length": T, "data": dataset.fingerprint}

@@ -83,8 +83,8 @@ def cannot_write(path: Path, error: BaseException) -> str:
 
 
 def existing(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that is there. Raises OSError."""
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+    """The path itself, or the nearest directory above it that is there."""
+    return next(parent for parent in (path, *path.parents) if os.path.exists(parent))  # False for a name too long
 
 
 def check_writable(path: Path):
@@ -94,7 +94,8 @@ def check_writable(path: Path):
         longest = max((len(os.fsencode(name)) for name in path.parts), default=0)
         most = os.pathconf(place, "PC_NAME_MAX")  # else the directories above it would be made first
     if longest > most:
-        raise CannotWrite(f"cannot write to {path}: a name of {longest} bytes, {most} are possible")
+        raise CannotWrite(f"cannot write to {path}: a name of {longest} bytes, {most} are possible: choose a "
+                          "shorter one (--run_name)")
     if not place.is_dir():
         raise CannotWrite(f"{place} is not a directory: choose another --out_dir")
     if not os.access(place, os.W_OK):
@@ -106,7 +107,7 @@ class RunDir:
 
     def __init__(self, path: Path):
         self.path, self.begun, self.step, self.mirror, self.saver = path, False, 0, None, None
-        self.lock = None
+        self.lock, self.last_row = None, {}
 
     def open(self):
         """Raises RunDirInUse or CannotWrite. The lock belongs to the process: it is free however the process ends."""

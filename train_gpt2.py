@@ -304,12 +304,11 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
         rehearse_update(optimizers)
         model.zero_grad(set_to_none=True)
 
+    print0("compiling, up to half a minute" if compiled else "rehearsing one step")
     if device.type == "cuda":
         if window_backend == "flex":
             kept_mib, _, ms = block_mask_cost(T, gpt_config.window_size, device)
             print0(f"block mask T={T} W={gpt_config.window_size}: +{kept_mib:.2f} MiB, {ms:.0f} ms")
-        if compiled:
-            print0("compiling, up to half a minute")
         rehearse()
     attention = machine.attention_kernels(rehearse, device)
     print0("attention kernels:", attention)

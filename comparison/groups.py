@@ -74,7 +74,7 @@ def notes(runs: list[Run]) -> list[str]:
     beside = [as_dict(run.config.get("environment")).get("runs_beside") for run in runs]
     if shared := [n for n in beside if isinstance(n, int) and n > 0]:
         found.append(f"training times and tokens/s of {len(shared)} of {len(runs)} runs were taken with up to "
-                     f"{max(shared)} other runs on the same GPU")
+                     f"{max(shared)} other runs on the same device")
     found += differing("torch", [run.config["versions"].get("torch", "not known") for run in runs])
     execution = [as_dict(run.config.get("kernels")) | {"batch_size": run.config.get("batch_size")}
                  | {name: run.config["train_config"].get(name, "not known") for name in SPEED} for run in runs]

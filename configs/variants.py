@@ -68,6 +68,8 @@ VARIANTS = variants()
 def variant(name: str) -> GPTConfig:
     """The config of this exact name; ValueError with the known names and the nearest one otherwise."""
     if name not in VARIANTS:
-        nearest = difflib.get_close_matches(name, VARIANTS, n=1, cutoff=0)[0]
-        raise ValueError(f"unknown model {name!r}, did you mean {nearest}? Known: {', '.join(VARIANTS)}")
+        of_size = [known for known in VARIANTS if known.split("_")[0] == name.split("_")[0]]
+        nearest = difflib.get_close_matches(name, of_size or VARIANTS, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown model {name!r}, did you mean {nearest}? Other combinations are options, such as "
+                         f"--model d12 --window_size 128. Known: {', '.join(VARIANTS)}")
     return VARIANTS[name]

@@ -147,7 +147,7 @@ def test_before_the_first_evaluation_there_is_no_loss(tmp_path, capsys):
     write_run(tmp_path / "slow", [5.0, 4.0], step_s=1.0, learning_rate=1.0)
     write_run(tmp_path / "slow, but for one seed", [5.0, 4.0], step_s=0.15, seed=1, learning_rate=1.0)
     found = run_compare(capsys, tmp_path)
-    assert "No p-value for `learning_rate=1.0`: no loss at this point." in found.out
+    assert "No p-value for `learning_rate=1.0`: no loss of learning_rate=1.0 at this point." in found.out
     assert "nan" not in found.out
     found = numbers(capsys, tmp_path)["at_equal"]["time_s"]
     assert [row["mean"] for row in found["groups"]] == [4.0, None]
@@ -174,7 +174,7 @@ def test_a_point_before_all_evaluations_is_one_line(tmp_path, capsys):
             write_run(tmp_path / f"{rate} {seed}", [5.0 + rate], step_s=step_s * rate, seed=seed, learning_rate=rate)
     found = run_compare(capsys, tmp_path).out
     assert "At equal training time: by 0.5 s no group had been evaluated in all its runs." in found
-    assert "### At equal tokens" in found and "no loss at this point" not in found
+    assert "### At equal tokens" in found and "at this point" not in found
 
 
 def test_the_table_says_what_scipy_says(capsys, folder):
@@ -570,7 +570,7 @@ def test_what_else_differs_between_runs_is_named_once_for_each_kind(capsys, fold
     (folder / "wide2" / "source.diff").write_text("a" * 40 + "\n+two\n")
     *found, code = numbers(capsys, folder)["notes"]
     assert found == [
-        "training times and tokens/s of 2 of 6 runs were taken with up to 2 other runs on the same GPU",
+        "training times and tokens/s of 2 of 6 runs were taken with up to 2 other runs on the same device",
         "different torch: 2.13.0 (4 of 6 runs); 2.11.0 (2 of 6 runs)",
         "different execution: parts fused, batch_size 64, recompute_gelu True (1 of 6 runs); "
         "parts fused, batch_size 64, recompute_gelu not known (2 of 6 runs); "
