@@ -40,7 +40,7 @@ import rundir
 from configs.recipes import TrainConfig, recipe, result_settings, run_name
 from configs.variants import VARIANTS, model_name, variant
 from costs.measure import block_mask_cost
-from costs.memory import largest_batch_size, memory_advice, training_mib
+from costs.memory import largest_batch_size, memory_advice, peak_parts
 from data.loader import micro_batch, open_data, train_order
 from data.tokenizer import token_bytes
 from eval import evaluate
@@ -137,8 +137,9 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
            f"{model.flops_per_token(T):,} FLOPs per token")
     print0(f"update: {config.total_batch_tokens:,} tokens = {WORLD_SIZE} processes x {sequences // batch_size} "
            f"micro-steps x {batch_size} sequences x {T} tokens")
-    predicted_mib = training_mib(config, gpt_config, batch_size, sequences // batch_size * WORLD_SIZE)
-    print0(f"predicted peak on a GPU, compiled, in bfloat16: {predicted_mib:,.0f} MiB")
+    parts = peak_parts(config, gpt_config, batch_size, sequences // batch_size * WORLD_SIZE)
+    print0(f"predicted peak on a GPU, compiled, in bfloat16: {sum(parts.values()):,.0f} MiB ("
+           + ", ".join(f"{name} {mib:,.0f}" for name, mib in parts.items()) + ")")
     return config, batch_size, sequences // batch_size
 
 

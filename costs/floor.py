@@ -1,7 +1,8 @@
 """
-What a step takes at least on this machine: its matrix products and its attention measured alone, and for the rest the
+What a step is measured against on this machine: its matrix products and its attention alone, and for the rest the
 least bytes at the measured rate of a large copy. Everything between two matrix products is then one kernel, and
-nothing of it is done inside them, but GELU by the fused kernels, where it adds nothing to the floor.
+nothing of it is done inside them, but GELU by the fused kernels, where it adds nothing. No bound: what a cache still
+holds is read faster than memory can, so that norm and rotary may come out below their line.
 
 Shapes: N tokens of all sequences in a step, C = n_embd, V = vocab_size.
 """

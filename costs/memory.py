@@ -216,6 +216,23 @@ def training_mib(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, sh
                          config.recompute_gelu, config.optimizer) / MIB
 
 
+def peak_parts(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> dict[str, float]:
+    """
+    `training_mib` by what it is of. Activations are what the layers keep, none where the update is the peak; the rest
+    are gradients on their way, copies and what is not of a layer.
+    """
+    backend, kernels = config.window_backend or "flex", config.kernels or "fused"
+    layer = layer_bytes(gpt_config, backend, batch_size, config.sequence_length, kernels, config.recompute_gelu) / MIB
+    peak, weights = training_mib(config, gpt_config, batch_size, shares), 4 * num_params(gpt_config) / MIB
+    parts = {"weights": weights, "optimizer": 2 * weights, "gradients": weights * (shares > 1),
+             "activations": gpt_config.n_layer * layer, "workspace": WORKSPACE_BYTES / MIB * (kernels == "fused")}
+    if config.optimizer == "muon":
+        parts["optimizer"] -= 4 * 12 * gpt_config.n_embd**2 * gpt_config.n_layer / MIB
+    if sum(parts.values()) > peak:
+        parts |= {"activations": 0.0, "gradients": weights}
+    return parts | {"logits and the rest": peak - sum(parts.values())}
+
+
 def divisors(n: int) -> list[int]:
     """The largest first."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]

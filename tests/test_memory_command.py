@@ -13,7 +13,8 @@ from small import call, words
 import explain_memory
 import machine
 import test_memory
-from configs.variants import variant
+from configs.recipes import TrainConfig
+from configs.variants import VARIANTS, variant
 from costs import memory
 from costs.measure import allocations
 from costs.memory import (
@@ -178,6 +179,28 @@ def test_training_need_by_hand():
         training_need(tiny, None, 2, 8, 2, "plain") - 4 * of_muon)
     assert model_need(tiny, None, 2, 8, recompute=True).forward_peak == forward - 2 * 4 * x
     assert layer_bytes(replace(tiny, post_norm=True, qk_norm=True), None, 2, 8) == 16 * x + 3 * rows + 4 * norm
+
+
+@pytest.mark.parametrize("shares", [1, 4])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parts_of_the_peak(name, optimizer, shares):
+    for batch_size, kernels in (1, "fused"), (8, "plain"), (64, "fused"):
+        config = TrainConfig(optimizer=optimizer, kernels=kernels, sequence_length=512)
+        parts = memory.peak_parts(config, variant(name), batch_size, shares)
+        assert sum(parts.values()) == pytest.approx(memory.training_mib(config, variant(name), batch_size, shares))
+        assert min(parts.values()) >= 0 and parts["weights"] == 4 * memory.num_params(variant(name)) / MIB
+
+
+def test_parts_of_the_peak_by_hand():
+    """d12 keeps 14 vectors of 768 in 16 bits for each token and layer, and 14 float32."""
+    parts = memory.peak_parts(TrainConfig(kernels="fused"), variant("d12"), 64, 1)
+    layer = 64 * 1024 * (14 * 2 * 768 + 4 * (12 + 2))
+    assert parts["activations"] == pytest.approx(12 * layer / MIB)
+    assert parts["optimizer"] == 2 * parts["weights"] and parts["gradients"] == 0
+    assert parts["logits and the rest"] > 2 * 8192 * 50304 / MIB
+    small = memory.peak_parts(TrainConfig(kernels="fused", sequence_length=32), variant("d48"), 1, 1)
+    assert small["activations"] == 0 and small["gradients"] == small["weights"]  # the update is the peak
 
 
 def test_more_tokens_than_a_chunk_add_no_logits():
