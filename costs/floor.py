@@ -1,8 +1,8 @@
 """
 What a step is measured against on this machine: its matrix products and its attention alone, and for the rest the
 least bytes at the measured rate of a large copy. Everything between two matrix products is then one kernel, and
-nothing of it is done inside them, but GELU by the fused kernels, where it adds nothing. No bound: what a cache still
-holds is read faster than memory can, so that norm and rotary may come out below their line.
+nothing of it is done inside them, but GELU by the fused kernels, where it adds nothing. No bound: kernels that mostly
+read can be faster than a copy, as norm and rotary are.
 
 Shapes: N tokens of all sequences in a step, C = n_embd, V = vocab_size.
 """

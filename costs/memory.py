@@ -194,43 +194,42 @@ def num_params(config: GPTConfig) -> int:
 # the micro-batch of a run
 
 
-def training_need(config: GPTConfig, backend: str | None, B: int, T: int, shares: int, kernels="fused",
-                  recompute=False, optimizer="adamw") -> int:
+def training_parts(config: GPTConfig, backend: str | None, B: int, T: int, shares: int, kernels="fused",
+                   recompute=False, optimizer="adamw") -> dict[str, int]:
     """
-    Peak in bytes of an update on CUDA, compiled, in bf16, from the second one on. shares: micro-steps times processes;
-    with several the gradients stay, as sums or in DDP's buckets.
+    What the peak of an update on CUDA, compiled, in bf16, from the second one on, is of, in bytes. shares: micro-steps
+    times processes; with several the gradients stay, as sums or in DDP's buckets. Activations are what the layers keep;
+    the rest, beside logits, are gradients on their way, copies and what is not of a layer.
     """
     weights, model = 4 * num_params(config), model_need(config, backend, B, T, kernels, recompute)
+    activations = config.n_layer * layer_bytes(config, backend, B, T, kernels, recompute)
     moments, gradients, scratch = 2 * weights, weights if shares > 1 else 0, 0
     if optimizer == "muon":  # one moment for a matrix of a block; four times the largest batch of them, in bf16
         moments -= 4 * 12 * config.n_embd**2 * config.n_layer
         scratch = 4 * 2 * 4 * config.n_embd**2 * config.n_layer
-    workspace = WORKSPACE_BYTES if kernels == "fused" else 0
-    return max(max(model.forward_peak, model.backward_peak) + gradients, 2 * weights + scratch) + moments + workspace
+    rest = max(model.forward_peak, model.backward_peak) - weights - activations
+    if activations + gradients + rest < weights + scratch:  # the optimizer's step is the peak
+        activations, gradients, rest = 0, weights, scratch
+    return {"weights": weights, "optimizer": moments, "gradients": gradients, "activations": activations,
+            "workspace": WORKSPACE_BYTES if kernels == "fused" else 0, "logits and the rest": rest}
 
 
-def training_mib(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> float:
-    """The same for the options of a run, in MiB."""
-    backend, kernels = config.window_backend or "flex", config.kernels or "fused"
-    return training_need(gpt_config, backend, batch_size, config.sequence_length, shares, kernels,
-                         config.recompute_gelu, config.optimizer) / MIB
+def training_need(*arguments, **options) -> int:
+    """The sum of `training_parts`: the peak in bytes."""
+    return sum(training_parts(*arguments, **options).values())
 
 
 def peak_parts(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> dict[str, float]:
-    """
-    `training_mib` by what it is of. Activations are what the layers keep, none where the update is the peak; the rest
-    are gradients on their way, copies and what is not of a layer.
-    """
+    """`training_parts` for the options of a run, in MiB."""
     backend, kernels = config.window_backend or "flex", config.kernels or "fused"
-    layer = layer_bytes(gpt_config, backend, batch_size, config.sequence_length, kernels, config.recompute_gelu) / MIB
-    peak, weights = training_mib(config, gpt_config, batch_size, shares), 4 * num_params(gpt_config) / MIB
-    parts = {"weights": weights, "optimizer": 2 * weights, "gradients": weights * (shares > 1),
-             "activations": gpt_config.n_layer * layer, "workspace": WORKSPACE_BYTES / MIB * (kernels == "fused")}
-    if config.optimizer == "muon":
-        parts["optimizer"] -= 4 * 12 * gpt_config.n_embd**2 * gpt_config.n_layer / MIB
-    if sum(parts.values()) > peak:
-        parts |= {"activations": 0.0, "gradients": weights}
-    return parts | {"logits and the rest": peak - sum(parts.values())}
+    parts = training_parts(gpt_config, backend, batch_size, config.sequence_length, shares, kernels,
+                           config.recompute_gelu, config.optimizer)
+    return {name: n_bytes / MIB for name, n_bytes in parts.items()}
+
+
+def training_mib(*arguments) -> float:
+    """The sum of `peak_parts`: the peak in MiB."""
+    return sum(peak_parts(*arguments).values())
 
 
 def divisors(n: int) -> list[int]:
