@@ -467,8 +467,10 @@ def main(arguments: list[str] | None = None) -> int:
         if config.deterministic:
             machine.make_deterministic()
         run = rundir.RunDir(Path(config.out_dir) / run_name(config, model_name(gpt_config)))
+        if WORLD_SIZE == 1 and not options.dry_run:  # before a model is built; several processes end together, in `train`
+            rundir.check_writable(run.path)
         config, batch_size, accumulation = plan(config, gpt_config, device)
-    except ValueError as error:
+    except (ValueError, rundir.CannotWrite) as error:
         print0(f"error: {error}", file=sys.stderr)
         return getattr(error, "exit_code", rundir.BAD_OPTION)
     print0(f"run: {run.path} on {WORLD_SIZE} x {machine.device_name(device)}")
