@@ -467,7 +467,7 @@ def main(arguments: list[str] | None = None) -> int:
         if config.deterministic:
             machine.make_deterministic()
         run = rundir.RunDir(Path(config.out_dir) / run_name(config, model_name(gpt_config)))
-        if WORLD_SIZE == 1 and not options.dry_run:  # before a model is built; several processes end together, in `train`
+        if WORLD_SIZE == 1 and not options.dry_run:  # before a model is built; several processes end in `train`
             rundir.check_writable(run.path)
         config, batch_size, accumulation = plan(config, gpt_config, device)
     except (ValueError, rundir.CannotWrite) as error:
