@@ -99,7 +99,7 @@ class Operation(NamedTuple):
 def operations(out: Path) -> list[Operation]:
     """What the last trial with this `out` did to files."""
     found, log = [], out.with_suffix(".operations")
-    for line in log.read_text().splitlines() if log.exists() else []:  # else it was killed before it could
+    for line in log.read_text().split("\n")[:-1] if log.exists() else []:  # else killed before it could, or in a line
         n, name, n_bytes, paths = line.split(" ", 3)
         found.append(Operation(int(n), name, int(n_bytes), *paths.split("\t")))
     return found
