@@ -78,11 +78,11 @@ def opponents(groups: list[Group]) -> list[int]:
 
 def tested(a: dict, b: dict, noise: float | None = None) -> dict:
     """b against a, each as `summary` has it; no test where runs diverged, since the others would be a selection."""
-    lost = [f"{one['diverged']} of {one['seeds']} diverged: {one['label']}" for one in (a, b) if one["diverged"]]
-    none = [f"no loss of {one['label']} at this point" for one in (a, b) if not one["val_loss"]]
-    found = significance.compare(a["val_loss"], b["val_loss"], noise)
-    return {"label": b["label"], "against": a["label"]} | asdict(
-        Comparison(why_not="; ".join(lost or none)) if lost or none else found)
+    why_not = [f"{one['diverged']} of {one['seeds']} diverged: {one['label']}" for one in (a, b) if one["diverged"]]
+    why_not = why_not or [f"no loss of {one['label']} at this point" for one in (a, b) if not one["val_loss"]]
+    found = Comparison(why_not="; ".join(why_not)) if why_not else significance.compare(
+        a["val_loss"], b["val_loss"], noise)
+    return {"label": b["label"], "against": a["label"]} | asdict(found)
 
 
 def corrected(tests: list[dict]) -> list[dict]:

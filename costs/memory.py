@@ -227,9 +227,9 @@ def peak_parts(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shar
     return {name: n_bytes / MIB for name, n_bytes in parts.items()}
 
 
-def training_mib(*arguments) -> float:
-    """The sum of `peak_parts`: the peak in MiB."""
-    return sum(peak_parts(*arguments).values())
+def training_mib(config: TrainConfig, gpt_config: GPTConfig, batch_size: int, shares: int) -> float:
+    """The peak itself."""
+    return sum(peak_parts(config, gpt_config, batch_size, shares).values())
 
 
 def divisors(n: int) -> list[int]:
