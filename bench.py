@@ -3,23 +3,26 @@ How fast a training step is, where its time goes, and what it would take at leas
 
     python bench.py --model d12_qk_norm --batch_size 64 --sequence_length 1024
     python bench.py --model d12_qk_norm --compare "--model d12"
+    python bench.py --model d12_qk_norm --compare "--data shakespeare"
     python bench.py --model d12_qk_norm --against ../nanoGPT/model.py
     torchrun --standalone --nproc_per_node 4 -- bench.py --model d12_qk_norm
     python bench.py --verify
 
-A step is that of train_gpt2.py with one micro-batch of random tokens in each process: forward and backward, clipping,
-optimizer. Its time is the median on the host's clock after a warm-up, "peak" what torch has allocated at most.
+A step is that of train_gpt2.py with one micro-batch in each process: forward and backward, clipping, optimizer. Its
+time is the median on the host's clock after a warm-up, "peak" what torch has allocated at most. All steps have the same
+random tokens or, with --data, each has its own, read from the shards while the step before it runs.
 The table has, for each kind of kernel (costs/kernel_kinds.py), its time in a few more steps under torch's profiler, and
 its floor (costs/floor.py). --compare takes a second setting, the first one with these options changed, and runs both in
 turn, A B A B; --against does so with the model of another file, torchrun with DistributedDataParallel and the same GPUs
 each for itself. --verify is kernels/verify.py.
 
 Exit codes: 0 done, 1 out of memory, a miss of --verify, or a bug (then with a traceback), 2 bad option, or torch would
-have run a slow form, 5 cannot write, 130 Ctrl-C.
+have run a slow form, 5 cannot write, 7 bad data, 130 Ctrl-C.
 """
 
 import gc
 import importlib.util
+import itertools
 import os
 import shlex
 import statistics
@@ -42,6 +45,7 @@ from costs.floor import measure_floor
 from costs.kernel_kinds import ALL_KINDS, OPTIMIZER, profile
 from costs.measure import ratio, step_times
 from costs.memory import MIB, memory_advice, training_mib
+from data.loader import micro_batch, open_data, to_device, train_order
 from files import write_json
 from kernels.attention import forget_compiled
 from kernels.compiling import SlowPath, compiles
@@ -82,6 +86,8 @@ class BenchConfig:
     """as in train_gpt2.py"""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """as in train_gpt2.py"""
+    data: str | None = None
+    """of which each step reads a batch, as in train_gpt2.py; None: random tokens that stay on the device"""
     device: str = "auto"
     """auto, cuda or cpu"""
     out_dir: str = "runs/bench"
@@ -111,11 +117,13 @@ class BenchConfig:
         return {name: getattr(self.gpt, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
 
     def check(self, device: torch.device):
-        """ValueError where the window is too long or a kernel cannot serve on the device."""
+        """ValueError for bad data, or where the window is too long or a kernel cannot serve on the device."""
         W, T = self.gpt.window_size, self.sequence_length
         if W is not None and W > T:
             raise ValueError(f"window_size={W} is more than sequence_length={T}")
         self.chosen(device)
+        if self.data is not None:
+            open_data(self.data, T, self.gpt.vocab_size)
 
     def chosen(self, device: torch.device):
         """The same with its kernels chosen, plain or fused, as costs/memory.py wants it."""
@@ -192,6 +200,17 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
 # a step
 
 
+def batches(config: BenchConfig, device: torch.device):
+    """Inputs and targets of one step after another, int64 (batch_size, sequence_length), without end."""
+    B, T = config.batch_size, config.sequence_length
+    if config.data is None:
+        yield from itertools.repeat(torch.randint(config.gpt.vocab_size, (2, B, T), device=device))
+    _, windows, _ = open_data(config.data, T, config.gpt.vocab_size)
+    for step in itertools.count():
+        order = train_order(len(windows), 0, step, B * WORLD_SIZE)
+        yield to_device(windows.read(micro_batch(order, 0, B, RANK, WORLD_SIZE)), device)
+
+
 def build(config: BenchConfig, device: torch.device):
     """(a step as in train_gpt2.py, warmed up; MiB that stay between steps)."""
     compiled = compiles(config.compile, device)
@@ -205,13 +224,15 @@ def build(config: BenchConfig, device: torch.device):
     network = DistributedDataParallel(model, gradient_as_bucket_view=True) if config.way == "ddp" else model
     dtype = machine.matmul_dtype(device, config.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    B, T = config.batch_size, config.sequence_length
-    inputs, targets = torch.randint(config.gpt.vocab_size, (2, B, T), device=device)
+    following = batches(config, device)
+    inputs, targets = next(following)
 
     def step():
+        nonlocal inputs, targets
         with autocast:
             _, loss = network(inputs, targets)
         loss.backward()
+        inputs, targets = next(following)
         with torch.profiler.record_function(OPTIMIZER):
             return machine.read_later(update(model, optimizers, loss.detach(), TrainConfig.grad_clip,
                                              alone=config.way != "ddp"))
@@ -310,7 +331,7 @@ def show(config: BenchConfig, figure: dict, device: torch.device):
     print(f"\n{name}, {config.batch_size} x {config.sequence_length} tokens, {dtype}, "
           f"compile {config.compile}" + f", window by {config.window_backend}" * bool(config.window_backend)
           + f", {config.kernels} kernels" * bool(config.kernels) + ", GELU recomputed" * config.recompute_gelu
-          + ", Muon" * (config.optimizer == "muon")
+          + ", Muon" * (config.optimizer == "muon") + f", text of {config.data}" * bool(config.data)
           + f", each of {WORLD_SIZE} processes" * (WORLD_SIZE > 1) + ", summed by DDP" * (config.way == "ddp"))
     print(f"{figure['step_ms']:,.2f} ms a step ({min(times):,.2f} to {max(times):,.2f}, {len(times)} steps), "
           f"{figure['tokens_per_s']:,.0f} tokens/s, "

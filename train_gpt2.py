@@ -41,7 +41,7 @@ from configs.recipes import TrainConfig, recipe, result_settings, run_name
 from configs.variants import VARIANTS, model_name, variant
 from costs.measure import block_mask_cost
 from costs.memory import largest_batch_size, memory_advice, peak_parts
-from data.loader import micro_batch, open_data, train_order
+from data.loader import micro_batch, open_data, to_device, train_order
 from data.tokenizer import token_bytes
 from eval import evaluate
 from kernels.attention import KERNEL_NAMES
@@ -281,10 +281,7 @@ def train(config: TrainConfig, gpt_config: GPTConfig, device: torch.device, batc
     def read_batches(start: int):
         for step in range(start, sys.maxsize):
             for micro_step in range(accumulation):
-                batch = train_windows.read(windows(step, RANK, micro_step))
-                if device.type == "cuda":
-                    batch = (tensor.pin_memory() for tensor in batch)
-                yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+                yield to_device(train_windows.read(windows(step, RANK, micro_step)), device)
 
     batches = read_batches(start)
     inputs, targets = next(batches)

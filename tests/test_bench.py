@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small import ROOT, call, words
+from small import ROOT, call, make_data, words
 
 import bench
 from configs.variants import VARIANTS, variant
@@ -16,6 +16,7 @@ from costs import floor, measure
 from costs.floor import least_bytes, weight_shapes
 from costs.kernel_kinds import ALL_KINDS, breakdown, exclusive, kind_of, profile
 from costs.memory import training_need
+from data.loader import open_data, train_order
 from model import GPT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -326,6 +327,43 @@ def test_how_a_step_is_computed_reaches_the_model_and_the_floor(tmp_path, monkey
     assert call(bench.main, options) == 0
     assert {("blocked", "fused", True), ("blocked", "plain", False)} <= set(built)
     assert floors == [("blocked", "fused"), ("blocked", "plain")]
+
+
+def test_batches_of_the_data(tmp_path, monkeypatch):
+    """Each step reads the next windows of the order of train_gpt2.py, this process its share; without data all one."""
+    (config,), _ = bench.parse_options([*SMALL, f"--data={make_data(tmp_path / 'data')}"])
+    monkeypatch.setattr(bench, "RANK", 1)
+    monkeypatch.setattr(bench, "WORLD_SIZE", 2)
+    _, windows, _ = open_data(config.data, 32, 512)
+    for step, (inputs, targets) in zip(range(12), bench.batches(config, CPU), strict=False):  # a second epoch too
+        expected = windows.read(train_order(37, 0, step, 4)[2:])
+        assert torch.equal(inputs, expected[0]) and torch.equal(targets, expected[1])
+    fixed = bench.batches(replace(config, data=None), CPU)
+    assert next(fixed) is next(fixed)
+
+
+def test_steps_on_data_in_turn_with_one_batch(tmp_path, monkeypatch, capsys):
+    order, seen, forward = record_builds(monkeypatch), [], GPT.forward
+
+    def watched(self, inputs, targets):
+        seen.append((len(inputs), inputs.sum().item() + targets.sum().item()))
+        return forward(self, inputs, targets)
+
+    monkeypatch.setattr(GPT, "forward", watched)
+    data = make_data(tmp_path / "data")
+    assert call(bench.main, [*SMALL, f"--out_dir={tmp_path / 'out'}", f"--compare=--batch_size 3 --data {data}"]) == 0
+    assert order == ["build 2", 2, 2, "build 3", 3, 3, *[2, 2, 3, 3] * 3]
+    assert f"text of {data}" in capsys.readouterr().out
+    steps = bench.WARMUP_STEPS + 2 * bench.ROUNDS
+    fixed, read = ([total for size, total in seen if size == wanted] for wanted in (2, 3))
+    assert len(fixed) == len(read) == steps and len(set(fixed)) == 1 and len(set(read)) > steps // 2
+
+
+def test_bad_data(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for options in ["--data=nope"], [f"--compare=--data {tmp_path / 'empty'}"]:
+        assert call(bench.main, [*SMALL, f"--out_dir={tmp_path / 'out'}", *options]) == 7
+        assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 OTHER = """
