@@ -444,7 +444,7 @@ def test_gpu_sweep(sweeps):
     """Real runs, more than there are GPUs: each is compiled, and sees one GPU."""
     n = torch.cuda.device_count() + 1
     assert sweeps("--models", "tiny", "--seeds", str(n), device="cuda") == 0
-    assert sweeps.by_seed("state") == ["finished"] * n
+    assert sweeps.by_seed("state") == ["finished"] * n, sweeps.by_seed("reason")
     for run in sweeps.index():
         config = json.loads((sweeps.folder / run / "config.json").read_text())
         assert config["environment"]["gpus"] == 1 and config["environment"]["driver"]
