@@ -20,6 +20,7 @@ Exit codes: 0 done, 1 out of memory, a miss of --verify, or a bug (then with a t
 have run a slow form, 5 cannot write, 7 bad data, 130 Ctrl-C.
 """
 
+import functools
 import gc
 import importlib.util
 import itertools
@@ -45,7 +46,7 @@ from costs.floor import measure_floor
 from costs.kernel_kinds import ALL_KINDS, OPTIMIZER, profile
 from costs.measure import ratio, step_times
 from costs.memory import MIB, memory_advice, training_mib
-from data.loader import micro_batch, open_data, to_device, train_order
+from data.loader import Windows, micro_batch, open_data, to_device, train_order
 from files import write_json
 from kernels.attention import forget_compiled
 from kernels.compiling import SlowPath, compiles
@@ -117,13 +118,11 @@ class BenchConfig:
         return {name: getattr(self.gpt, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
 
     def check(self, device: torch.device):
-        """ValueError for bad data, or where the window is too long or a kernel cannot serve on the device."""
+        """ValueError where the window is too long or a kernel cannot serve on the device."""
         W, T = self.gpt.window_size, self.sequence_length
         if W is not None and W > T:
             raise ValueError(f"window_size={W} is more than sequence_length={T}")
         self.chosen(device)
-        if self.data is not None:
-            open_data(self.data, T, self.gpt.vocab_size)
 
     def chosen(self, device: torch.device):
         """The same with its kernels chosen, plain or fused, as costs/memory.py wants it."""
@@ -200,15 +199,19 @@ def parse_options(arguments: list[str]) -> tuple[list[BenchConfig], torch.device
 # a step
 
 
+@functools.cache
+def train_windows(data: str, sequence_length: int, vocab_size: int) -> Windows:
+    return open_data(data, sequence_length, vocab_size)[1]
+
+
 def batches(config: BenchConfig, device: torch.device):
-    """Inputs and targets of one step after another, int64 (batch_size, sequence_length), without end."""
+    """Inputs and targets of one step after another, without end: pairs of int64 (batch_size, sequence_length)."""
     B, T = config.batch_size, config.sequence_length
     if config.data is None:
-        yield from itertools.repeat(torch.randint(config.gpt.vocab_size, (2, B, T), device=device))
-    _, windows, _ = open_data(config.data, T, config.gpt.vocab_size)
-    for step in itertools.count():
-        order = train_order(len(windows), 0, step, B * WORLD_SIZE)
-        yield to_device(windows.read(micro_batch(order, 0, B, RANK, WORLD_SIZE)), device)
+        return itertools.repeat(torch.randint(config.gpt.vocab_size, (2, B, T), device=device).unbind())
+    windows = train_windows(config.data, T, config.gpt.vocab_size)
+    orders = (train_order(len(windows), TrainConfig.seed, step, B * WORLD_SIZE) for step in itertools.count())
+    return (to_device(windows.read(micro_batch(order, 0, B, RANK, WORLD_SIZE)), device) for order in orders)
 
 
 def build(config: BenchConfig, device: torch.device):
@@ -361,6 +364,9 @@ def run(arguments: list[str]) -> int:
 
         return verify.run(configs[0].device)
     check_writable(out_dir := Path(configs[0].out_dir))
+    for config in configs:
+        if config.data is not None:
+            train_windows(config.data, config.sequence_length, config.gpt.vocab_size)
     if WORLD_SIZE > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK == 0:

@@ -85,10 +85,10 @@ def micro_batch(order: np.ndarray, micro_step: int, batch_size: int, rank: int, 
 
 
 def to_device(batch: tuple[torch.Tensor, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """On a GPU by copies that the host does not wait for."""
+    """On CUDA by copies that the host does not wait for."""
     if device.type == "cuda":
-        batch = (tensor.pin_memory() for tensor in batch)
-    return tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+        return tuple(tensor.pin_memory().to(device, non_blocking=True) for tensor in batch)
+    return tuple(tensor.to(device) for tensor in batch)
 
 
 def val_batches(

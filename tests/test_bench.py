@@ -366,6 +366,14 @@ def test_bad_data(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("option", "code"), [("--out_dir=file", 5), ("--compare=--window_size 9999", 2)])
+def test_no_data_is_prepared_for_a_command_that_is_refused(option, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert call(bench.main, [*SMALL, "--data=shakespeare", option]) == code
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 OTHER = """
 import torch.nn as nn
 from dataclasses import dataclass

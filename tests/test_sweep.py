@@ -64,12 +64,12 @@ class Sweeps:
     def __call__(self, *arguments, **changes) -> int:
         return call(sweep.main, self.arguments(*arguments, **changes))
 
-    def start(self, *arguments, **changes) -> subprocess.Popen:
-        """In a process and a session of its own."""
+    def start(self, *arguments, guard_s=120, **changes) -> subprocess.Popen:
+        """In a process and a session of its own, killed after guard_s."""
         process = subprocess.Popen([sys.executable, ROOT / "sweep.py", *self.arguments(*arguments, **changes)],
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=self.directory,
                                    start_new_session=True)
-        guard = threading.Timer(120, process.kill)
+        guard = threading.Timer(guard_s, process.kill)
         guard.daemon = True
         guard.start()
         return process
@@ -443,7 +443,9 @@ finish()
 def test_gpu_sweep(sweeps):
     """Real runs, more than there are GPUs: each is compiled, and sees one GPU."""
     n = torch.cuda.device_count() + 1
-    assert sweeps("--models", "tiny", "--seeds", str(n), device="cuda") == 0
+    process = sweeps.start("--models", "tiny", "--seeds", str(n), device="cuda", guard_s=600)  # CUDA is in use in this
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
     assert sweeps.by_seed("state") == ["finished"] * n, sweeps.by_seed("reason")
     for run in sweeps.index():
         config = json.loads((sweeps.folder / run / "config.json").read_text())
