@@ -1,5 +1,5 @@
 """
-How fast a training step is, where its time goes, and what it would take at least.
+How fast a training step is, where its time goes, and what its products and bytes would take alone.
 
     python bench.py --model d12_qk_norm --batch_size 64 --sequence_length 1024
     python bench.py --model d12_qk_norm --compare "--model d12"
@@ -53,7 +53,7 @@ from kernels.compiling import SlowPath, compiles
 from model import GPT, GPTConfig
 from optim import make_optimizers, update
 from processes import check_variables, end_with_torchrun, rank_and_world_size
-from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, writing
+from rundir import BAD_OPTION, INTERRUPTED, CannotWrite, check_writable, git, leave, writing
 
 RANK, WORLD_SIZE = rank_and_world_size()
 WARMUP_STEPS, PROFILED_STEPS = 5, 3
@@ -267,15 +267,19 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
             built[i] = build(configs[i], device)
         step = built[i][0]
         machine.reset_peak(device)
-        times, peak_mib = step_times(step, configs[i].steps, device), machine.peak_mib(device)
+        times = step_times(lambda: (bar.update(), step())[1], configs[i].steps, device)
+        peak_mib = machine.peak_mib(device)
         if not figures[i]["rounds_ms"]:
             others_mib = sum(held_mib for j, (_, held_mib) in built.items() if j != i)
             figures[i] |= {"peak_mib": peak_mib and peak_mib - others_mib} | profile(step, PROFILED_STEPS, device)
         figures[i]["rounds_ms"].append(times)
 
     turns = list(range(len(configs))) * (1 if len(configs) == 1 else ROUNDS)
-    for i in tqdm(turns, "measuring", unit="turn", leave=False, disable=None if RANK == 0 else True):
+    bar = tqdm(desc="measuring", total=sum(configs[i].steps for i in turns), unit="step", leave=False,
+               disable=None if RANK == 0 else True)
+    for n, i in enumerate(turns):
         while True:  # once more without the others, if it does not fit beside them
+            bar.n = sum(configs[j].steps for j in turns[:n])
             if not fit:
                 release(built)
             try:
@@ -285,9 +289,12 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
                 if not machine.is_out_of_memory(error):
                     raise
                 if not built.keys() - {i} or WORLD_SIZE > 1:  # nor would it without them, or not in all processes
+                    if configs[i].way == "against":  # what it needs is not known
+                        raise
                     config = configs[i].chosen(device)
                     raise MemoryError(memory_advice(config, config.gpt, config.batch_size, WORLD_SIZE)) from error
             fit = False
+    bar.close()
     release(built)
     for config, figure in zip(configs, figures, strict=True):
         ms = statistics.median(ms for times in figure["rounds_ms"] for ms in times)
@@ -421,4 +428,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -128,7 +128,8 @@ def below(found: dict) -> Iterable[str]:
     if n_tests := sum(row["p"] is not None for row in found["against"]):
         yield (f"Comparisons: {n_tests}; the verdict goes by Holm's correction of Welch's test for that number. To "
                "show is to find it at p < 0.05 in 80 of 100 cases; smallest to show and seeds for this difference go "
-               "by " + ("the noise floor." if found["unequal_spread"] is None else "the spread of the two groups."))
+               "by " + ("the noise floor" if found["unequal_spread"] is None else "the spread of the two groups")
+               + ("." if n_tests == 1 else ", for one comparison: to show it among several takes more."))
 
 
 def print_report(report: dict, groups: list[Group]):

@@ -198,20 +198,26 @@ def training_parts(config: GPTConfig, backend: str | None, B: int, T: int, share
                    recompute=False, optimizer="adamw") -> dict[str, int]:
     """
     What the peak of an update on CUDA, compiled, in bf16, from the second one on, is of, in bytes. shares: micro-steps
-    times processes; with several the gradients stay, as sums or in DDP's buckets. Activations are what the layers keep;
-    the rest, beside logits, are gradients on their way, copies and what is not of a layer.
+    times processes; with several the gradients stay, as sums or in DDP's buckets. MLPs: what their products and the
+    activation keep; attention and norms: what else the layers do. The rest are gradients on their way, copies and what
+    is not of a layer.
     """
     weights, model = 4 * num_params(config), model_need(config, backend, B, T, kernels, recompute)
-    activations = config.n_layer * layer_bytes(config, backend, B, T, kernels, recompute)
+    layers = config.n_layer * layer_bytes(config, backend, B, T, kernels, recompute)
+    of_mlp = ("input of c_fc", "output of c_fc") + ("GELU of it",) * (not recompute)
+    mlps = config.n_layer * sum(SAVED_VECTORS[name] for name in of_mlp) * 2 * B * T * config.n_embd
+    logits = 2 * config.vocab_size * (B * T if kernels == "plain" else min(B * T, chunk_tokens(recompute)))
+    if model.backward_peak > model.forward_peak and kernels == "fused":
+        logits = 0  # they have gone by then
     moments, gradients, scratch = 2 * weights, weights if shares > 1 else 0, 0
     if optimizer == "muon":  # one moment for a matrix of a block; four times the largest batch of them, in bf16
         moments -= 4 * 12 * config.n_embd**2 * config.n_layer
         scratch = 4 * 2 * 4 * config.n_embd**2 * config.n_layer
-    rest = max(model.forward_peak, model.backward_peak) - weights - activations
-    if activations + gradients + rest < weights + scratch:  # the optimizer's step is the peak
-        activations, gradients, rest = 0, weights, scratch
-    return {"weights": weights, "optimizer": moments, "gradients": gradients, "activations": activations,
-            "workspace": WORKSPACE_BYTES if kernels == "fused" else 0, "logits and the rest": rest}
+    rest = max(model.forward_peak, model.backward_peak) - weights - layers - logits
+    if layers + logits + gradients + rest < weights + scratch:  # the optimizer's step is the peak
+        layers, mlps, logits, gradients, rest = 0, 0, 0, weights, scratch
+    return {"weights": weights, "optimizer": moments, "gradients": gradients, "attention and norms": layers - mlps,
+            "MLPs": mlps, "logits": logits, "workspace": WORKSPACE_BYTES if kernels == "fused" else 0, "the rest": rest}
 
 
 def training_need(*arguments, **options) -> int:

@@ -273,6 +273,20 @@ def test_compare_runs_in_turn(tmp_path, monkeypatch, capsys):
     assert "tokens/s of the second over the first" in capsys.readouterr().out
 
 
+def test_progress_within_a_turn(tmp_path, monkeypatch):
+    order = record_builds(monkeypatch)
+
+    class Bar:
+        def __init__(self, total, **_):
+            order.append(f"bar of {total}")
+
+        update = close = lambda self: order.append("bar")
+
+    monkeypatch.setattr(bench, "tqdm", Bar)
+    assert call(bench.main, [*SMALL, f"--out_dir={tmp_path}"]) == 0
+    assert order == ["bar of 2", "build 2", "bar", 2, "bar", 2, "bar"]
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
 def test_settings_that_do_not_fit_together_are_built_again(error, tmp_path, monkeypatch):
     order, release, there, misses = record_builds(monkeypatch), bench.release, set(), []
@@ -299,8 +313,11 @@ def test_out_of_memory(error, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(bench, "build", build)
     assert call(bench.main, [*SMALL, "--batch_size=64", "--sequence_length=1024", f"--out_dir={tmp_path}"]) == 1
-    error = capsys.readouterr().err
-    assert "--batch_size 32 is predicted to save" in error and error.count("\n") == 1
+    said = capsys.readouterr().err
+    assert "--batch_size 32 is predicted to save" in said and said.count("\n") == 1
+    (tmp_path / "model.py").write_text(OTHER)
+    assert call(bench.main, [*SMALL, f"--out_dir={tmp_path}", f"--against={tmp_path / 'model.py'}"]) == 1
+    assert "out of memory, try a smaller --batch_size (CUDA" in capsys.readouterr().err
 
 
 def test_another_error_of_torch_is_not_taken_for_it(tmp_path, monkeypatch):

@@ -226,7 +226,7 @@ def test_a_group_that_is_unsure_is_no_noise_of_the_others(capsys, folder):
     assert row["smallest"] == pytest.approx(alone["smallest"]) and row["seeds_needed"] == alone["seeds_needed"] == 3
     out = run_compare(capsys, folder).out
     assert "No noise floor: the spread over seeds differs between the groups, 0.0153 to 1.5275 (Bartlett's" in out
-    assert "go by the spread of the two groups." in out and "Noise floor:" not in out
+    assert "go by the spread of the two groups, for one comparison" in out and "Noise floor:" not in out
 
 
 def test_what_sets_the_point_is_said(capsys, folder):

@@ -196,11 +196,16 @@ def test_parts_of_the_peak_by_hand():
     """d12 keeps 14 vectors of 768 in 16 bits for each token and layer, and 14 float32."""
     parts = memory.peak_parts(TrainConfig(kernels="fused"), variant("d12"), 64, 1)
     layer = 64 * 1024 * (14 * 2 * 768 + 4 * (12 + 2))
-    assert parts["activations"] == pytest.approx(12 * layer / MIB)
+    assert parts["attention and norms"] + parts["MLPs"] == pytest.approx(12 * layer / MIB)
+    assert parts["MLPs"] == pytest.approx(12 * 64 * 1024 * 9 * 2 * 768 / MIB)
+    recomputed = memory.peak_parts(TrainConfig(kernels="fused", recompute_gelu=True), variant("d12"), 64, 1)
+    assert recomputed["MLPs"] == pytest.approx(parts["MLPs"] * 5 / 9)
+    assert recomputed["attention and norms"] == parts["attention and norms"]
     assert parts["optimizer"] == 2 * parts["weights"] and parts["gradients"] == 0
-    assert parts["logits and the rest"] > 2 * 8192 * 50304 / MIB
+    assert parts["logits"] == 2 * 8192 * 50304 / MIB
+    assert memory.peak_parts(TrainConfig(kernels="plain"), variant("d12"), 8, 1)["logits"] == parts["logits"]
     small = memory.peak_parts(TrainConfig(kernels="fused", sequence_length=32), variant("d48"), 1, 1)
-    assert small["activations"] == 0 and small["gradients"] == small["weights"]  # the update is the peak
+    assert small["MLPs"] == small["logits"] == 0 and small["gradients"] == small["weights"]  # the update is the peak
 
 
 def test_more_tokens_than_a_chunk_add_no_logits():

@@ -628,6 +628,16 @@ def test_the_micro_batch_of_default_follows_the_memory_of_the_gpu(monkeypatch, g
     assert plan == [replace(config, kernels="fused"), batch_size, 64 // batch_size]
 
 
+@pytest.mark.parametrize("gib, warned", [(24, True), (80, False)])
+def test_a_model_that_cannot_fit_is_said(gib, warned, monkeypatch, capsys):
+    monkeypatch.setattr(train_gpt2.machine, "total_mib", lambda device: gib * 1024)
+    monkeypatch.setattr(GPT, "choose_kernels", lambda *arguments: (None, None, "fused"))  # the real one asks the GPU
+    config = replace(train_gpt2.recipe("default"), dtype="bfloat16")
+    batch_size = train_gpt2.plan(config, train_gpt2.variant("d48"), torch.device("cuda"))[1]
+    warning = "warning: not even one sequence at a time is predicted to fit: --recompute_gelu is predicted to save"
+    assert (warning in capsys.readouterr().out) == warned == (batch_size == 1)
+
+
 def test_the_micro_batch_follows_the_kernels(monkeypatch):
     """In float32 the loss is the plain one: whole logits, and half the room."""
     monkeypatch.setattr(train_gpt2.machine, "total_mib", lambda device: 40 * 1024)
