@@ -49,8 +49,13 @@ class Row:
 
 def extra_mib(run: Callable[[], object]) -> tuple[float, float]:
     """(peak during run, kept while its result is), both beyond what was allocated before."""
+    def settled():
+        result = run()
+        gc.collect()  # what only waits to be freed, by autograd's thread too, is not kept
+        return result
+
     gc.collect()
-    _, kept, peak = allocations(run, torch.device("cuda", 0))
+    _, kept, peak = allocations(settled, torch.device("cuda", 0))
     return peak / MIB, kept / MIB
 
 
