@@ -274,17 +274,16 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
             figures[i] |= {"peak_mib": peak_mib and peak_mib - others_mib} | profile(step, PROFILED_STEPS, device)
         figures[i]["rounds_ms"].append(times)
 
-    turns = list(range(len(configs))) * (1 if len(configs) == 1 else ROUNDS)
-    bar = tqdm(desc="measuring", total=sum(configs[i].steps for i in turns), unit="step", leave=False,
-               disable=None if RANK == 0 else True)
-    for n, i in enumerate(turns):
-        while True:  # once more without the others, if it does not fit beside them
-            bar.n = sum(configs[j].steps for j in turns[:n])
+    def turn_that_fits(i: int):
+        """Once more without the others, if it does not fit beside them."""
+        nonlocal fit
+        begun = bar.n
+        while True:
+            bar.n = begun
             if not fit:
                 release(built)
             try:
-                turn(i)
-                break
+                return turn(i)
             except RuntimeError as error:
                 if not machine.is_out_of_memory(error):
                     raise
@@ -294,7 +293,12 @@ def measure(configs: list[BenchConfig], device: torch.device) -> list[dict]:
                     config = configs[i].chosen(device)
                     raise MemoryError(memory_advice(config, config.gpt, config.batch_size, WORLD_SIZE)) from error
             fit = False
-    bar.close()
+
+    turns = list(range(len(configs))) * (1 if len(configs) == 1 else ROUNDS)
+    with tqdm(desc="measuring", total=sum(configs[i].steps for i in turns), unit="step", leave=False,
+              disable=None if RANK == 0 else True) as bar:
+        for i in turns:
+            turn_that_fits(i)
     release(built)
     for config, figure in zip(configs, figures, strict=True):
         ms = statistics.median(ms for times in figure["rounds_ms"] for ms in times)

@@ -40,7 +40,7 @@ import rundir
 from configs.recipes import TrainConfig, recipe, result_settings, run_name
 from configs.variants import VARIANTS, model_name, variant
 from costs.measure import block_mask_cost
-from costs.memory import largest_batch_size, memory_advice, peak_parts, training_mib
+from costs.memory import largest_batch_size, memory_advice, peak_parts
 from data.loader import micro_batch, open_data, to_device, train_order
 from data.tokenizer import token_bytes
 from eval import evaluate
@@ -128,10 +128,6 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
         if dtype == torch.float32:  # the prediction is for 16 bits
             room_mib /= 2
         batch_size = largest_batch_size(config, gpt_config, sequences, WORLD_SIZE, most, room_mib)
-        shares = sequences // batch_size * WORLD_SIZE
-        if training_mib(config, gpt_config, batch_size, shares) >= room_mib:
-            print0("warning: not even one sequence at a time is predicted to fit: "
-                   f"{memory_advice(config, gpt_config, batch_size, shares)}")
     if rest or sequences % batch_size:
         raise ValueError(f"total_batch_tokens={config.total_batch_tokens} does not divide by sequence_length={T} x "
                          f"batch_size={batch_size} x {WORLD_SIZE} processes")
@@ -141,9 +137,13 @@ def plan(config: TrainConfig, gpt_config: GPTConfig, device: torch.device,
            f"{model.flops_per_token(T):,} FLOPs per token")
     print0(f"update: {config.total_batch_tokens:,} tokens = {WORLD_SIZE} processes x {sequences // batch_size} "
            f"micro-steps x {batch_size} sequences x {T} tokens")
-    parts = peak_parts(config, gpt_config, batch_size, sequences // batch_size * WORLD_SIZE)
+    shares = sequences // batch_size * WORLD_SIZE
+    parts = peak_parts(config, gpt_config, batch_size, shares)
     print0(f"predicted peak on a GPU, compiled, in bfloat16: {sum(parts.values()):,.0f} MiB ("
            + ", ".join(f"{name} {mib:,.0f}" for name, mib in parts.items()) + ")")
+    if config.batch_size == "auto" and sum(parts.values()) >= room_mib:
+        print0("warning: not even one sequence at a time is predicted to fit: "
+               f"{memory_advice(config, gpt_config, batch_size, shares)}")
     return config, batch_size, sequences // batch_size
 
 

@@ -168,6 +168,11 @@ def block_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
     return Need(saved=alive + read, forward_peak=alive + x + copy, backward_peak=alive + FIRST_GRADIENT * C * C)
 
 
+def logits_bytes(config: GPTConfig, B: int, T: int, kernels="fused", recompute=False) -> int:
+    """In bf16: of all tokens, or with fused kernels of one chunk of them."""
+    return 2 * config.vocab_size * (B * T if kernels == "plain" else min(B * T, chunk_tokens(recompute)))
+
+
 def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="fused", recompute=False) -> Need:
     """The compiled GPT with targets, in bf16 autocast, its float32 weights included."""
     C, V, x = config.n_embd, config.vocab_size, 2 * B * T * config.n_embd
@@ -175,12 +180,11 @@ def model_need(config: GPTConfig, backend: str | None, B: int, T: int, kernels="
     alive += x  # the last norm's output
     if config.embedding_norm:  # its output, which without pre_norm c_attn has as its own input, and its scale
         alive += x * config.pre_norm + 4 * B * T
-    head = 2 * V * C  # bf16 copy
+    head, logits = 2 * V * C, logits_bytes(config, B, T, kernels, recompute)  # head: a bf16 copy
     if kernels == "plain":  # backward peaks where the gradient of the logits has taken their place
-        saved = alive + head + x + 2 * B * T * V  # x: what the head is applied to
+        saved = alive + head + x + logits  # x: what the head is applied to
         return Need(saved=saved, forward_peak=saved, backward_peak=saved + 2 * V * C)  # bf16 gradient of the head
     gradients = x + 4 * V * C  # of x in bf16, of the head in float32
-    logits = 2 * min(B * T, chunk_tokens(recompute)) * V
     first_layer = FIRST_GRADIENT * C * C + 4 * x * recompute - x  # GELU anew; the last norm's output has gone
     return Need(saved=alive + gradients, forward_peak=alive + head + gradients + logits,
                 backward_peak=alive + gradients + max(0, first_layer))
@@ -204,10 +208,11 @@ def training_parts(config: GPTConfig, backend: str | None, B: int, T: int, share
     """
     weights, model = 4 * num_params(config), model_need(config, backend, B, T, kernels, recompute)
     layers = config.n_layer * layer_bytes(config, backend, B, T, kernels, recompute)
-    of_mlp = ("input of c_fc", "output of c_fc") + ("GELU of it",) * (not recompute)
-    mlps = config.n_layer * sum(SAVED_VECTORS[name] for name in of_mlp) * 2 * B * T * config.n_embd
-    logits = 2 * config.vocab_size * (B * T if kernels == "plain" else min(B * T, chunk_tokens(recompute)))
-    if model.backward_peak > model.forward_peak and kernels == "fused":
+    vectors = SAVED_VECTORS["input of c_fc"] + SAVED_VECTORS["output of c_fc"]
+    vectors += SAVED_VECTORS["GELU of it"] * (not recompute)
+    mlps = config.n_layer * vectors * 2 * B * T * config.n_embd
+    logits = logits_bytes(config, B, T, kernels, recompute)
+    if kernels == "fused" and model.backward_peak > model.forward_peak:
         logits = 0  # they have gone by then
     moments, gradients, scratch = 2 * weights, weights if shares > 1 else 0, 0
     if optimizer == "muon":  # one moment for a matrix of a block; four times the largest batch of them, in bf16

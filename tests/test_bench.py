@@ -277,10 +277,19 @@ def test_progress_within_a_turn(tmp_path, monkeypatch):
     order = record_builds(monkeypatch)
 
     class Bar:
+        n = 0
+
         def __init__(self, total, **_):
             order.append(f"bar of {total}")
 
-        update = close = lambda self: order.append("bar")
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            order.append("bar")
+
+        def update(self):
+            order.append("bar")
 
     monkeypatch.setattr(bench, "tqdm", Bar)
     assert call(bench.main, [*SMALL, f"--out_dir={tmp_path}"]) == 0
